@@ -1,0 +1,1 @@
+//! One agent per worker: event loop, timers, sockets, wiring.

@@ -1,0 +1,1 @@
+//! Handoff, migration and drain as pure state machines.

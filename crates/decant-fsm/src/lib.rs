@@ -1,0 +1,1 @@
+//! Durable steps: journal, replay, retry.

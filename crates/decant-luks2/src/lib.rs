@@ -1,0 +1,1 @@
+//! LUKS2: header, JSON area, keyslots and the sector cipher.

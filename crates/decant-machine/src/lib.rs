@@ -1,0 +1,5 @@
+//! Machine drivers: the process driver and its shim.
+
+mod spec;
+
+pub use spec::{Bind, HealthCheck, MachineSpec, RestartPolicy};

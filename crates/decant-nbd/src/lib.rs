@@ -1,0 +1,1 @@
+//! The NBD protocol, client and server, without I/O.

@@ -1,0 +1,1 @@
+//! Addresses, links and routes of machines, and the proxy that follows them.

@@ -1,0 +1,2 @@
+//! The `decant` binary.
+fn main() {}
