@@ -1,0 +1,77 @@
+//! The programs that tests use as peers and oracles, and the Debian packages they come from.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, bail};
+
+/// A program and the Debian package that brings it.
+const PEERS: &[(&str, &str)] = &[
+    ("ip", "iproute2"),
+    ("mkfs.ext4", "e2fsprogs"),
+    ("debugfs", "e2fsprogs"),
+    ("fstrim", "util-linux"),
+    ("cryptsetup", "cryptsetup-bin"),
+    ("nbdkit", "nbdkit"),
+    ("nbdcopy", "libnbd-bin"),
+    ("nbdinfo", "libnbd-bin"),
+    ("qemu-img", "qemu-utils"),
+    ("qemu-io", "qemu-utils"),
+    ("qemu-nbd", "qemu-utils"),
+    ("sqlite3", "sqlite3"),
+];
+
+/// Peers that only benchmarks use.
+pub(crate) const BENCH_PEERS: &[(&str, &str)] =
+    &[("fio", "fio"), ("nbdkit", "nbdkit"), ("nbdcopy", "libnbd-bin"), ("qemu-storage-daemon", "qemu-system-common")];
+
+/// Installs what is missing for tests, after naming it. None of these packages starts a daemon.
+pub(crate) fn ensure() -> anyhow::Result<()> {
+    ensure_all(PEERS)
+}
+
+/// Installs the packages of `peers` whose program is not on this machine.
+pub(crate) fn ensure_all(peers: &[(&str, &str)]) -> anyhow::Result<()> {
+    let missing: BTreeSet<&str> =
+        peers.iter().filter(|(program, _)| !is_installed(program)).map(|&(_, package)| package).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let list: Vec<&str> = missing.into_iter().collect();
+    println!("installing with apt-get, for tests to use as peers: {}", list.join(" "));
+    if !is_root() {
+        bail!("these Debian packages are missing: {}; install them, or run this as root", list.join(" "));
+    }
+    apt(&["update", "-q"])?;
+    apt(&[&["install", "-y", "-q", "--no-install-recommends"][..], &list].concat())?;
+    for (program, package) in peers {
+        if !is_installed(program) {
+            bail!("{program} is still missing after installing {package}");
+        }
+    }
+    Ok(())
+}
+
+fn is_installed(program: &str) -> bool {
+    let path = std::env::var("PATH").unwrap_or_default();
+    path.split(':').chain(["/usr/sbin", "/sbin"]).any(|dir| Path::new(dir).join(program).is_file())
+}
+
+fn is_root() -> bool {
+    std::fs::metadata("/proc/self").is_ok_and(|meta| std::os::unix::fs::MetadataExt::uid(&meta) == 0)
+}
+
+fn apt(args: &[&str]) -> anyhow::Result<()> {
+    // RUNLEVEL=1 keeps package scripts from starting services, should a dependency bring one.
+    let output = Command::new("apt-get")
+        .args(args)
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .env("RUNLEVEL", "1")
+        .output()
+        .context("cannot start apt-get: tests need Debian or a system with the packages above")?;
+    if !output.status.success() {
+        bail!("apt-get {} failed:\n{}", args.join(" "), String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(())
+}
