@@ -1,0 +1,107 @@
+//! The API's paths, so that clients and the server spell them alike. Ids are DNS labels and need no escaping.
+
+use decant_base::{DrainId, MachineId, MigrationId, VolumeId, WorkerId};
+
+use crate::Scope;
+
+fn scoped(path: &str, scope: Scope) -> String {
+    match scope {
+        Scope::Fleet => format!("{path}?scope=fleet"),
+        Scope::Local => format!("{path}?scope=local"),
+    }
+}
+
+/// All workers.
+pub fn workers(scope: Scope) -> String {
+    scoped("/v1/workers", scope)
+}
+
+/// One worker.
+pub fn worker(worker: &WorkerId) -> String {
+    format!("/v1/workers/{worker}")
+}
+
+/// Takes a worker out of placement.
+pub fn cordon(worker: &WorkerId) -> String {
+    format!("/v1/workers/{worker}/cordon")
+}
+
+/// Puts it back.
+pub fn uncordon(worker: &WorkerId) -> String {
+    format!("/v1/workers/{worker}/uncordon")
+}
+
+/// All volumes.
+pub fn volumes(scope: Scope) -> String {
+    scoped("/v1/volumes", scope)
+}
+
+/// One volume on the worker asked.
+pub fn volume(volume: &VolumeId) -> String {
+    format!("/v1/volumes/{volume}")
+}
+
+/// All machines.
+pub fn machines(scope: Scope) -> String {
+    scoped("/v1/machines", scope)
+}
+
+/// One machine.
+pub fn machine(machine: &MachineId) -> String {
+    format!("/v1/machines/{machine}")
+}
+
+/// An action on a machine: `stop`, `start`, `move`, `reclaim`.
+pub fn machine_action(machine: &MachineId, action: &str) -> String {
+    format!("/v1/machines/{machine}/{action}")
+}
+
+/// The last `tail` lines of a machine's output.
+pub fn logs(machine: &MachineId, tail: u32) -> String {
+    format!("/v1/machines/{machine}/logs?tail={tail}")
+}
+
+/// All drains of the agent asked.
+pub fn drains() -> String {
+    "/v1/drains".to_owned()
+}
+
+/// One drain.
+pub fn drain(drain: &DrainId) -> String {
+    format!("/v1/drains/{drain}")
+}
+
+/// Cancels it.
+pub fn cancel_drain(drain: &DrainId) -> String {
+    format!("/v1/drains/{drain}/cancel")
+}
+
+/// All migrations.
+pub fn migrations(scope: Scope) -> String {
+    scoped("/v1/migrations", scope)
+}
+
+/// One migration.
+pub fn migration(migration: &MigrationId) -> String {
+    format!("/v1/migrations/{migration}")
+}
+
+/// Cancels it.
+pub fn cancel_migration(migration: &MigrationId) -> String {
+    format!("/v1/migrations/{migration}/cancel")
+}
+
+/// Changes its live settings.
+pub fn migration_settings(migration: &MigrationId) -> String {
+    format!("/v1/migrations/{migration}/settings")
+}
+
+/// Where a machine is reached; `wait_ms` waits that long at most for a machine that is between workers.
+pub fn route(machine: &MachineId, wait_ms: u64) -> String {
+    format!("/v1/routes/{machine}?wait_ms={wait_ms}")
+}
+
+/// The event log from after number `after`.
+pub fn events(after: u64) -> String {
+    format!("/v1/events?after={after}")
+}
