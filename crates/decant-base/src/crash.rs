@@ -1,7 +1,7 @@
 //! Named points at which a test can kill the process, as `kill -9` would.
 //!
 //! A point costs one load where no test asked for it. `DECANT_CRASH=NAME` (or `NAME#3` for its third passage) in the
-//! environment makes the process end there by SIGABRT-free, handler-free `SIGKILL`; `DECANT_CRASH_TRACE=FILE` appends the
+//! environment makes the process end there by `SIGKILL`; `DECANT_CRASH_TRACE=FILE` appends the
 //! name of every point that is passed, so that a sweep can enumerate them from an undisturbed run.
 
 use std::collections::HashMap;
@@ -48,8 +48,8 @@ pub fn point(name: &str) {
     let count = passed.entry(name.to_owned()).or_insert(0);
     *count += 1;
     if *count == *nth {
-        // A child named kill would race with this thread; the shell's builtin does not return before the signal is sent.
-        let _ = std::process::Command::new("/bin/sh").arg("-c").arg("kill -9 $PPID").status();
+        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+        // The signal is taken on the way back from the call above.
         std::process::abort();
     }
 }
