@@ -1,5 +1,10 @@
 //! Machine drivers: the process driver and its shim.
 
+mod driver;
+pub mod shim;
 mod spec;
+mod status;
 
-pub use spec::{Bind, HealthCheck, MachineSpec, RestartPolicy};
+pub use driver::{Change, DriverConfig, MachineError, Prepare, ProcessDriver, Survivor};
+pub use spec::{Bind, HealthCheck, Limits, MachineSpec, RestartPolicy};
+pub use status::{Exit, State, Status, Timings};

@@ -42,11 +42,29 @@ pub struct MachineSpec {
     /// When the machine counts as serving.
     #[serde(default)]
     pub health: Option<HealthCheck>,
+    /// What it may use of the host; only where the host delegates cgroup2 controllers.
+    #[serde(default)]
+    pub limits: Limits,
     /// Its index in addresses: the `machine` field of its /112, unique in the fleet, never 0.
     pub address_index: u32,
     /// Machines of one group are not drained at the same time.
     #[serde(default)]
     pub group: Option<String>,
+}
+
+/// What a machine may use of its host. Where a cgroup2 controller is not delegated, its limit does not hold and the driver says so.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Bytes of memory (`memory.max`).
+    #[serde(default)]
+    pub memory_bytes: Option<u64>,
+    /// Hundredths of one processor (`cpu.max`): 150 is one and a half.
+    #[serde(default)]
+    pub cpu_percent: Option<u32>,
+    /// Processes and threads (`pids.max`).
+    #[serde(default)]
+    pub pids: Option<u32>,
 }
 
 /// One read-only bind.
