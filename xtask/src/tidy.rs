@@ -16,7 +16,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("decant-network", &["decant-base"]),
     ("decant-machine", &["decant-base"]),
     ("decant-dataplane", &["decant-base"]),
-    ("decant-drain", &["decant-base", "decant-dataplane"]),
+    ("decant-drain", &["decant-base", "decant-dataplane", "decant-fsm"]),
     ("decant-dataplane-user", &["decant-base", "decant-clone", "decant-dataplane", "decant-luks2", "decant-nbd"]),
     ("decant-api", &["decant-base", "decant-dataplane", "decant-drain", "decant-machine", "decant-network"]),
     (

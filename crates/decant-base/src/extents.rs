@@ -40,7 +40,7 @@ impl From<Extent> for (u64, u64) {
 }
 
 /// A set of units, stored as its maximal runs. Every operation costs O(log n) in the number of runs, plus the runs it merges or cuts.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(from = "Vec<Extent>", into = "Vec<Extent>")]
 pub struct ExtentSet {
     /// start -> end of each run; runs neither touch nor overlap.

@@ -14,7 +14,7 @@ use decant_base::{Bytes, Epoch, ExtentSet, MigrationId, VolumeId};
 use serde::{Deserialize, Serialize};
 
 /// The shape of an encrypted volume that must be the same on every worker it lives on.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Geometry {
     /// Bytes of payload, the size of the device the file system sees. A multiple of `sector_size`, at least 1 MiB.
@@ -30,7 +30,7 @@ pub struct Geometry {
 }
 
 /// What the source hands over at the seal. Blocks are 4 KiB of the payload.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Seal {
     /// Blocks that hold data; every other block reads as plaintext zeros and need not be moved.
@@ -40,7 +40,7 @@ pub struct Seal {
 }
 
 /// Where a clone's missing blocks come from: an NBD export over mutual TLS.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Origin {
     /// Where the source's volume process listens.
@@ -52,7 +52,7 @@ pub struct Origin {
 }
 
 /// An order to the plane. Each is idempotent: performing it again changes nothing and gives the same outcome.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "command")]
 pub enum Command {
     /// Makes an encrypted volume of `size` with a fresh volume key, this worker's own header size, and ext4 inside. `Done`.
@@ -206,7 +206,7 @@ impl Command {
 }
 
 /// What a read of a missing block gets while the origin cannot be reached. It never gets invented bytes.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MissingPolicy {
     /// It waits.
@@ -217,7 +217,7 @@ pub enum MissingPolicy {
 }
 
 /// What came of a [`Command`].
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "outcome")]
 pub enum Outcome {
     /// It is done.
@@ -247,7 +247,7 @@ pub enum Outcome {
 }
 
 /// What the verification before the origin is let go found, in 4 KiB blocks.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Verification {
     /// Re-read from the medium and equal to the origin's digest.
     pub compared: u64,
@@ -260,7 +260,7 @@ pub struct Verification {
 }
 
 /// How a volume stands on this worker.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct VolumeStatus {
     /// Which.
     pub volume: VolumeId,
@@ -283,7 +283,7 @@ pub struct VolumeStatus {
 }
 
 /// What a volume is on this worker.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum VolumeState {
     /// Whole, not attached.
@@ -301,7 +301,7 @@ pub enum VolumeState {
 }
 
 /// How far a clone is. Exact at any moment; bytes of payload.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct CloneStatus {
     /// Bytes that were live at the seal.
     pub bytes_total: u64,
@@ -330,7 +330,7 @@ pub struct CloneStatus {
 }
 
 /// Why a command failed. `code` is stable; `message` is for people, with cause and fix.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]
 pub struct Failure {
     /// What kind.
@@ -340,7 +340,7 @@ pub struct Failure {
 }
 
 /// What the caller should do about a failure.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FailureCode {
     /// Passing: try again with backoff.
@@ -354,7 +354,7 @@ pub enum FailureCode {
 }
 
 /// What a plane can keep; the API names what it cannot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Promises {
     /// A fetched read is kept and never fetched again.
     pub reads_are_kept: bool,
