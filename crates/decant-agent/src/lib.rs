@@ -1,1 +1,7 @@
 //! One agent per worker: event loop, timers, sockets, wiring.
+
+#![forbid(unsafe_code)]
+
+pub mod ca;
+pub mod client;
+pub mod tls;
