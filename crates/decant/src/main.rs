@@ -1,26 +1,9 @@
 //! The `decant` binary: every process of Decant and its command line.
 
+mod cli;
 mod demo;
+mod http;
 
-use std::process::ExitCode;
-
-use clap::Parser;
-
-#[derive(Debug, Parser)]
-#[command(name = "decant", version)]
-struct Cli {
-    #[command(subcommand)]
-    command: Verb,
-}
-
-#[derive(Debug, clap::Subcommand)]
-enum Verb {
-    #[command(hide = true)]
-    DemoOrders(demo::orders::OrdersArgs),
-}
-
-fn main() -> ExitCode {
-    match Cli::parse().command {
-        Verb::DemoOrders(args) => demo::orders::main(&args),
-    }
+fn main() -> std::process::ExitCode {
+    cli::main()
 }

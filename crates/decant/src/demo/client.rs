@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 
-use super::http::Connection;
+use crate::http::{Address, Connection};
 use super::ledger::Acknowledged;
 use super::store::{self, NewOrder, Order};
 
@@ -170,7 +170,7 @@ fn spawn(
 
 fn write(shared: &Shared, address: SocketAddr, prefix: &str) -> anyhow::Result<Log> {
     let mut log = Log::default();
-    let mut connection = Connection::new(address, TRY);
+    let mut connection = Connection::new(Address::Tcp(address), TRY);
     while !shared.stop.load(Ordering::Relaxed) {
         if shared.pause_writes.load(Ordering::SeqCst) {
             shared.writes_paused.store(true, Ordering::SeqCst);
@@ -212,7 +212,7 @@ fn write(shared: &Shared, address: SocketAddr, prefix: &str) -> anyhow::Result<L
 
 fn read(shared: &Shared, address: SocketAddr, filled: i64) -> anyhow::Result<Log> {
     let mut log = Log::default();
-    let mut connection = Connection::new(address, TRY);
+    let mut connection = Connection::new(Address::Tcp(address), TRY);
     let mut random = monotonic_ns();
     while !shared.stop.load(Ordering::Relaxed) {
         random = store::scramble(random);

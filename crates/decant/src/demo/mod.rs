@@ -2,7 +2,6 @@
 
 pub(crate) mod client;
 pub(crate) mod figures;
-pub(crate) mod http;
 pub(crate) mod ledger;
 pub(crate) mod orders;
 pub(crate) mod store;
