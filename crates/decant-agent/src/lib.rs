@@ -4,4 +4,5 @@
 
 pub mod ca;
 pub mod client;
+pub mod config;
 pub mod tls;

@@ -17,9 +17,12 @@ pub struct CreateDrain {
     /// Only plan: nothing is cordoned, nothing moves, the answer has phase `planned`.
     #[serde(default)]
     pub plan_only: bool,
-    /// Only to these workers; empty allows all that are not cordoned.
+    /// Only to this worker; `None` allows all that are not cordoned.
     #[serde(default)]
-    pub to: Vec<WorkerId>,
+    pub to: Option<WorkerId>,
+    /// Machines that can move do so even if others are blocked.
+    #[serde(default)]
+    pub partial: bool,
     /// Machines moving at the same time, at least 1; the configured number if absent.
     #[serde(default)]
     pub max: Option<u32>,
