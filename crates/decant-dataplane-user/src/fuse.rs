@@ -1,0 +1,293 @@
+//! A FUSE session of our own on a raw `/dev/fuse` descriptor: one directory, one file, `volume`.
+//!
+//! Why not a library: the session must be able to start on a connection that another process negotiated, so that a data
+//! process killed with requests in flight is replaced without an I/O error (see [`Session::resume`]).
+//!
+//! Several threads read the same descriptor; the kernel gives each request to one of them. Clones of the descriptor
+//! (FUSE_DEV_IOC_CLONE) would each carry requests that die with their process, so there are none. Each thread owns one
+//! page-aligned buffer for its whole life; a write is read into it, encrypted in place and written from it, and
+//! nothing is allocated on that way: the kernel may be writing to free memory.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use rustix::io::Errno;
+
+use crate::device::ReadSink;
+
+pub mod wire;
+
+use wire::{Body, HEAD_BYTES, MAX_DATA_BYTES, Operation, Request};
+
+/// Whether a read was served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Served {
+    /// The buffer is filled.
+    Done,
+    /// Some of it is not here; the caller parks the read.
+    Missing,
+}
+
+/// What the file's bytes are. Called from all threads of the session; nothing here waits for the network.
+pub trait Backend: Send + Sync {
+    /// Bytes, constant.
+    fn size(&self) -> u64;
+    /// Fills `buffer` with the plaintext at `offset`, or says that it cannot yet.
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<Served, Errno>;
+    /// Takes over a read that was [`Served::Missing`]; the bytes go to `sink`, perhaps before this returns.
+    fn park(&self, offset: u64, length: usize, sink: Box<dyn ReadSink>);
+    /// Writes `data` at `offset`; `data` is scratch afterwards.
+    fn write(&self, offset: u64, data: &mut [u8]) -> Result<(), Errno>;
+    /// The range reads as zeros afterwards.
+    fn discard(&self, offset: u64, length: u64) -> Result<(), Errno>;
+    /// Makes all that was acknowledged durable.
+    fn flush(&self) -> Result<(), Errno>;
+}
+
+/// The threads that serve one file. They end when the file system is gone, which is when nobody has the file open any more
+/// and the mount is closed.
+pub struct Session {
+    threads: Vec<JoinHandle<Result<(), Errno>>>,
+}
+
+impl Session {
+    /// Serves a new connection with `threads` threads; the first request negotiates.
+    ///
+    /// # Errors
+    /// When a thread cannot be made.
+    pub fn start(device: Arc<OwnedFd>, backend: Arc<dyn Backend>, threads: usize) -> std::io::Result<Self> {
+        let threads = (0..threads)
+            .map(|n| {
+                let worker = Worker::new(Arc::clone(&device), Arc::clone(&backend));
+                std::thread::Builder::new().name(format!("fuse-{n}")).spawn(move || worker.run())
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Self { threads })
+    }
+
+    /// Serves a connection whose last server died: asks the kernel for the requests that were read and not answered, then
+    /// goes on as [`Session::start`]. Doing such a request twice is harmless: its issuer has not heard of the first time, so
+    /// it cannot have sent anything that depends on it.
+    ///
+    /// # Errors
+    /// EINVAL on a kernel before 6.9, which cannot send again; ENODEV when the connection is gone.
+    pub fn resume(device: Arc<OwnedFd>, backend: Arc<dyn Backend>, threads: usize) -> std::io::Result<Self> {
+        rustix::io::write(&*device, &wire::resend_notification())?;
+        Self::start(device, backend, threads)
+    }
+
+    /// Waits for the file system's end.
+    ///
+    /// # Errors
+    /// The first error that ended a thread early.
+    pub fn wait(self) -> Result<(), Errno> {
+        let mut result = Ok(());
+        for thread in self.threads {
+            // A panic in a backend must not pass for an orderly end.
+            let ended = thread.join().unwrap_or(Err(Errno::IO));
+            result = result.and(ended);
+        }
+        result
+    }
+}
+
+/// A buffer whose usable part starts at a page boundary and whose pages are all there.
+struct AlignedBuffer {
+    bytes: Box<[u8]>,
+    start: usize,
+}
+
+impl AlignedBuffer {
+    fn new(length: usize) -> Self {
+        // Written once, not merely reserved: a first touch on the write path would allocate.
+        let bytes = vec![0xa5u8; length + 4096].into_boxed_slice();
+        let start = bytes.as_ptr().align_offset(4096);
+        assert!(start < 4096, "a byte pointer can always be aligned to a page");
+        Self { bytes, start }
+    }
+
+    fn as_mut(&mut self) -> &mut [u8] {
+        let length = self.bytes.len() - 4096;
+        &mut self.bytes[self.start..self.start + length]
+    }
+}
+
+struct Worker {
+    device: Arc<OwnedFd>,
+    backend: Arc<dyn Backend>,
+    head: [u8; HEAD_BYTES],
+    data: AlignedBuffer,
+}
+
+impl Worker {
+    fn new(device: Arc<OwnedFd>, backend: Arc<dyn Backend>) -> Self {
+        Self { device, backend, head: [0; HEAD_BYTES], data: AlignedBuffer::new(MAX_DATA_BYTES) }
+    }
+
+    fn run(mut self) -> Result<(), Errno> {
+        loop {
+            let mut into = [IoSliceMut::new(&mut self.head), IoSliceMut::new(self.data.as_mut())];
+            match rustix::io::readv(&*self.device, &mut into) {
+                Ok(length) => self.handle(length)?,
+                // ENOENT: the request was withdrawn while it was read.
+                Err(Errno::INTR | Errno::AGAIN | Errno::NOENT) => {}
+                Err(Errno::NODEV | Errno::CONNABORTED) => return Ok(()),
+                Err(error) => {
+                    tracing::error!(%error, "reading from the FUSE device failed; this thread serves no more");
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    fn handle(&mut self, length: usize) -> Result<(), Errno> {
+        let Some(request) = Request::parse(&self.head[..length.min(HEAD_BYTES)]) else {
+            tracing::error!(length, "the kernel sent less than a FUSE header");
+            return Ok(());
+        };
+        let unique = request.unique;
+        match request.operation {
+            Operation::Read { offset, size } => self.read(unique, offset, size as usize),
+            Operation::Write { offset, size } => {
+                let given = length.saturating_sub(HEAD_BYTES);
+                self.write(unique, offset, size, given)
+            }
+            Operation::Silent => Ok(()),
+            _ => match self.answer(&request) {
+                Ok(body) => send(&self.device, unique, Ok(body.as_bytes())),
+                Err(error) => send(&self.device, unique, Err(error)),
+            },
+        }
+    }
+
+    fn answer(&self, request: &Request) -> Result<Body, Errno> {
+        let size = self.backend.size();
+        Ok(match request.operation {
+            Operation::Init { major, .. } if major < wire::MAJOR => return Err(Errno::PROTO),
+            Operation::Init { flags, .. } => Body::init(flags),
+            Operation::Lookup { is_file: true } if request.node == wire::ROOT_NODE => Body::entry(size),
+            Operation::Lookup { .. } => return Err(Errno::NOENT),
+            Operation::Attributes => Body::attributes(request.node, size),
+            Operation::Open if request.node == wire::FILE_NODE => Body::open(),
+            Operation::Sync => self.backend.flush().map(|()| Body::EMPTY)?,
+            Operation::Discard { offset, length } => {
+                check_range(offset, length, size)?;
+                self.backend.discard(offset, length).map(|()| Body::EMPTY)?
+            }
+            Operation::UnsupportedAllocation => return Err(Errno::OPNOTSUPP),
+            Operation::FileSystem => Body::file_system(size),
+            Operation::Acknowledge => Body::EMPTY,
+            Operation::Malformed => return Err(Errno::INVAL),
+            _ => return Err(Errno::NOSYS),
+        })
+    }
+
+    fn read(&mut self, unique: u64, offset: u64, size: usize) -> Result<(), Errno> {
+        // Past the end a file reads short.
+        let size = (size as u64).min(self.backend.size().saturating_sub(offset)) as usize;
+        let Some(buffer) = self.data.as_mut().get_mut(..size) else {
+            return send(&self.device, unique, Err(Errno::INVAL));
+        };
+        match self.backend.read(offset, buffer) {
+            Ok(Served::Done) => send(&self.device, unique, Ok(buffer)),
+            Ok(Served::Missing) => {
+                let sink = Reply { device: Arc::clone(&self.device), unique };
+                self.backend.park(offset, size, Box::new(sink));
+                Ok(())
+            }
+            Err(error) => send(&self.device, unique, Err(error)),
+        }
+    }
+
+    fn write(&mut self, unique: u64, offset: u64, size: u32, given: usize) -> Result<(), Errno> {
+        let written = match self.data.as_mut().get_mut(..size as usize) {
+            Some(data) if size as usize == given => check_range(offset, u64::from(size), self.backend.size())
+                .and_then(|()| self.backend.write(offset, data)),
+            _ => Err(Errno::INVAL),
+        };
+        let body = Body::written(size);
+        send(&self.device, unique, written.map(|()| body.as_bytes()))
+    }
+}
+
+fn check_range(offset: u64, length: u64, size: u64) -> Result<(), Errno> {
+    match offset.checked_add(length) {
+        Some(end) if end <= size => Ok(()),
+        _ => Err(Errno::NOSPC),
+    }
+}
+
+/// The reply to a parked read, from whichever thread has the bytes.
+struct Reply {
+    device: Arc<OwnedFd>,
+    unique: u64,
+}
+
+impl ReadSink for Reply {
+    fn complete(self: Box<Self>, result: Result<&[u8], Errno>) {
+        if let Err(error) = send(&self.device, self.unique, result) {
+            tracing::error!(%error, "a parked read could not be answered");
+        }
+    }
+}
+
+/// Answers `unique`. The only error is that the connection is of no use any more.
+fn send(device: &OwnedFd, unique: u64, result: Result<&[u8], Errno>) -> Result<(), Errno> {
+    let body = result.unwrap_or(&[]);
+    let header = wire::reply_header(unique, result.err(), body.len());
+    loop {
+        return match rustix::io::writev(device, &[IoSlice::new(&header), IoSlice::new(body)]) {
+            Err(Errno::INTR) => continue,
+            // ENOENT: its issuer gave up. ENODEV: the file system is gone, which the next read tells.
+            Ok(_) | Err(Errno::NOENT | Errno::NODEV | Errno::CONNABORTED) => Ok(()),
+            Err(error) => {
+                tracing::error!(%error, unique, "writing a FUSE reply failed");
+                Err(error)
+            }
+        };
+    }
+}
+
+/// A new connection and its file system, mounted nowhere: the mount is an unattached object, so no mount table shows it and
+/// nothing needs unmounting. It lives as long as this descriptor or a file opened through it.
+pub struct Mount {
+    /// What the server reads requests from.
+    pub device: OwnedFd,
+    /// The root directory.
+    pub root: OwnedFd,
+}
+
+impl Mount {
+    /// Makes it. `source` is what the kernel calls it in messages.
+    ///
+    /// # Errors
+    /// ENOENT without `/dev/fuse`; ENODEV without FUSE in the kernel; EPERM without CAP_SYS_ADMIN.
+    pub fn new(source: &str) -> std::io::Result<Self> {
+        use rustix::mount::{
+            FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
+        };
+        use std::os::fd::AsRawFd;
+        let device: OwnedFd = std::fs::File::options().read(true).write(true).open("/dev/fuse")?.into();
+        let context = fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        let descriptor = device.as_raw_fd().to_string();
+        for (key, value) in [
+            ("source", source),
+            ("fd", descriptor.as_str()),
+            ("rootmode", "40000"),
+            ("user_id", "0"),
+            ("group_id", "0"),
+        ] {
+            fsconfig_set_string(&context, key, value)?;
+        }
+        fsconfig_create(&context)?;
+        let attributes =
+            MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+        let root = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+        Ok(Self { device, root })
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,157 @@
+//! The session against the kernel, with memory below it.
+
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Mutex;
+use std::sync::mpsc;
+
+use super::*;
+use crate::loopdev::{LoopDevice, Name};
+
+const SIZE: usize = 8 << 20;
+/// Reads from here on are parked.
+const PARKED: u64 = 4 << 20;
+
+struct Memory {
+    parks: bool,
+    bytes: Mutex<Vec<u8>>,
+    parked: Mutex<mpsc::Sender<(u64, usize, Box<dyn ReadSink>)>>,
+    seen: Mutex<Vec<String>>,
+}
+
+impl Memory {
+    fn new(parks: bool) -> (Arc<Self>, mpsc::Receiver<(u64, usize, Box<dyn ReadSink>)>) {
+        let (sender, receiver) = mpsc::channel();
+        let memory =
+            Self { parks, bytes: Mutex::new(vec![0; SIZE]), parked: Mutex::new(sender), seen: Mutex::new(Vec::new()) };
+        (Arc::new(memory), receiver)
+    }
+}
+
+impl Backend for Memory {
+    fn size(&self) -> u64 {
+        SIZE as u64
+    }
+
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<Served, Errno> {
+        if self.parks && offset >= PARKED && offset < PARKED + (2 << 20) {
+            return Ok(Served::Missing);
+        }
+        buffer.copy_from_slice(&self.bytes.lock().unwrap()[offset as usize..][..buffer.len()]);
+        Ok(Served::Done)
+    }
+
+    fn park(&self, offset: u64, length: usize, sink: Box<dyn ReadSink>) {
+        self.parked.lock().unwrap().send((offset, length, sink)).unwrap();
+    }
+
+    fn write(&self, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
+        assert_eq!(data.as_ptr().align_offset(4096), 0, "a write arrives on a page boundary");
+        self.bytes.lock().unwrap()[offset as usize..][..data.len()].copy_from_slice(data);
+        Ok(())
+    }
+
+    fn discard(&self, offset: u64, length: u64) -> Result<(), Errno> {
+        self.seen.lock().unwrap().push(format!("discard {offset}+{length}"));
+        self.bytes.lock().unwrap()[offset as usize..][..length as usize].fill(0);
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<(), Errno> {
+        self.seen.lock().unwrap().push("flush".into());
+        Ok(())
+    }
+}
+
+/// The machine's mount, or why the test cannot run here.
+fn mount(test: &str) -> Option<Mount> {
+    match Mount::new("decant-test") {
+        Ok(mount) => Some(mount),
+        Err(error) => {
+            println!("SKIP {test}: no FUSE here: {error}");
+            None
+        }
+    }
+}
+
+fn open(root: &OwnedFd) -> std::fs::File {
+    use rustix::fs::{Mode, OFlags};
+    rustix::fs::openat(root, "volume", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).unwrap().into()
+}
+
+#[test]
+fn a_loop_device_reads_writes_syncs_and_discards() {
+    let Some(Mount { device, root }) = mount("a_loop_device_reads_writes_syncs_and_discards") else { return };
+    let (memory, _parked) = Memory::new(false);
+    let session = Session::start(Arc::new(device), memory.clone(), 3).unwrap();
+    let backing = open(&root);
+    let name = Name::new("test", "fuse-loop", std::path::Path::new(&std::process::id().to_string()));
+    let device = LoopDevice::create(backing.as_fd(), 4096, &name).unwrap();
+    drop((backing, root));
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!mounts.contains("decant-test"), "no mount table shows it");
+    let found = crate::loopdev::find(|found| found == name.as_str()).unwrap();
+    assert_eq!(found, [(device.path().to_owned(), name.as_str().to_owned())]);
+
+    let block = std::fs::File::options().read(true).write(true).open(device.path()).unwrap();
+    let pattern: Vec<u8> = (0..3 << 20).map(|n| (n % 251) as u8).collect();
+    block.write_all_at(&pattern, 4096).unwrap();
+    block.sync_all().unwrap();
+    assert_eq!(memory.bytes.lock().unwrap()[4096..][..pattern.len()], pattern[..]);
+    assert!(memory.seen.lock().unwrap().iter().any(|seen| seen == "flush"));
+    let mut discard = std::process::Command::new("blkdiscard");
+    discard.args(["-o", "8192", "-l", "65536"]).arg(device.path());
+    assert!(discard.status().expect("blkdiscard, of the Debian package util-linux").success());
+    assert!(memory.seen.lock().unwrap().iter().any(|seen| seen == "discard 8192+65536"));
+    let mut back = vec![0; pattern.len()];
+    block.read_exact_at(&mut back, 4096).unwrap();
+    assert!(back[4096..][..65536].iter().all(|&byte| byte == 0));
+    assert_eq!(back[4096 + 65536..], pattern[4096 + 65536..]);
+    drop(block);
+    drop(device.claim().unwrap());
+    device.clear().unwrap();
+    session.wait().unwrap();
+    assert!(crate::loopdev::find(|found| found == name.as_str()).unwrap().is_empty());
+}
+
+#[test]
+fn parked_reads_stall_nothing() {
+    let Some(Mount { device, root }) = mount("parked_reads_stall_nothing") else { return };
+    let (memory, parked) = Memory::new(true);
+    let session = Session::start(Arc::new(device), memory, 2).unwrap();
+    let backing = open(&root);
+    let name = Name::new("test", "fuse-parked", std::path::Path::new(&std::process::id().to_string()));
+    let device = LoopDevice::create(backing.as_fd(), 4096, &name).unwrap();
+    drop((backing, root));
+
+    let readers: Vec<_> = (0..90)
+        .map(|n| {
+            let path = device.path().to_owned();
+            std::thread::spawn(move || {
+                use std::os::unix::fs::OpenOptionsExt;
+                let file = std::fs::File::options().read(true).custom_flags(libc::O_DIRECT).open(path).unwrap();
+                let mut buffer = AlignedBuffer::new(4096);
+                file.read_exact_at(buffer.as_mut(), PARKED + n * 4096).map(|()| buffer.as_mut()[0])
+            })
+        })
+        .collect();
+    let parked: Vec<_> = (0..90).map(|_| parked.recv().unwrap()).collect();
+    let block = std::fs::File::options().read(true).write(true).open(device.path()).unwrap();
+    block.write_all_at(&[7; 8192], 0).unwrap();
+    block.sync_all().unwrap();
+    for (offset, length, sink) in parked {
+        let n = (offset - PARKED) / 4096;
+        if n % 2 == 0 {
+            sink.complete(Ok(&vec![n as u8; length]));
+        } else {
+            sink.complete(Err(Errno::IO));
+        }
+    }
+    for (n, reader) in readers.into_iter().enumerate() {
+        let read = reader.join().unwrap();
+        assert_eq!(read.ok(), (n % 2 == 0).then_some(n as u8), "read {n}");
+    }
+    drop(block);
+    device.clear().unwrap();
+    session.wait().unwrap();
+}

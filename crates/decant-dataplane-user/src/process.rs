@@ -1,0 +1,81 @@
+//! What the keeper and the volume process do to themselves before they touch a volume: locked in memory, no core dumps,
+//! deaf to signals that a session's end or a stop of the service sends.
+
+use rustix::mm::MlockAllFlags;
+use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal};
+
+/// Hardens this process; to be called before it starts threads, which inherit it. What the machine does not let us have is
+/// logged and done without: the volume is still better served than not.
+pub fn harden() {
+    no_cores();
+    // On fault: every page that was touched stays; reserved stacks and arenas that were not cost nothing. The buffers of
+    // the I/O path are touched when they are made.
+    if let Err(error) = rustix::mm::mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT) {
+        tracing::warn!(%error, "memory is not locked: under memory pressure this volume may wait for itself");
+    }
+    // Reclaim started by this process must not wait for writes to devices that this process serves. Needs CAP_SYS_RESOURCE.
+    if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
+        tracing::warn!(%error, "PR_SET_IO_FLUSHER is refused: under memory pressure this volume may wait for itself");
+    }
+    ignore_signals();
+}
+
+/// No core file and no ptrace by others of the same user: this process holds a volume key.
+fn no_cores() {
+    let none = Rlimit { current: Some(0), maximum: Some(0) };
+    if let Err(error) = rustix::process::setrlimit(Resource::Core, none) {
+        tracing::warn!(%error, "cannot limit core dumps to nothing");
+    }
+    if let Err(error) = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+        tracing::warn!(%error, "cannot forbid core dumps");
+    }
+}
+
+/// A block device has no business vanishing because a terminal closed or a service stopped. SIGKILL still works.
+#[allow(unsafe_code)]
+fn ignore_signals() {
+    for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGTERM, libc::SIGPIPE, libc::SIGQUIT] {
+        // SAFETY: SIG_IGN installs no handler that could run code; the numbers are valid and can be ignored.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
+}
+
+/// A bug in a thread ends the whole process, which the keeper replaces: a request that its thread forgot would otherwise
+/// never be answered.
+pub fn abort_on_panic() {
+    let default = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        default(info);
+        std::process::abort();
+    }));
+}
+
+/// Ends this process when the thread that started it ends.
+pub fn die_with_parent() {
+    if let Err(error) = rustix::process::set_parent_process_death_signal(Some(Signal::KILL)) {
+        tracing::warn!(%error, "cannot tie this process to its parent");
+    }
+}
+
+/// Moves this process into `<cgroup2>/decant/<worker>/<leaf>`, out of its starter's control group, so that stopping the
+/// starter's service does not take volumes away. Without a cgroup2 mount it stays where it is.
+pub fn leave_cgroup(worker: &str, leaf: &str) {
+    let moved = cgroup2_mount().ok_or_else(|| std::io::Error::other("no cgroup2 is mounted")).and_then(|mount| {
+        let group = mount.join("decant").join(worker).join(leaf);
+        std::fs::create_dir_all(&group)?;
+        std::fs::write(group.join("cgroup.procs"), std::process::id().to_string())
+    });
+    if let Err(error) = moved {
+        tracing::warn!(%error, "stays in its starter's control group");
+    }
+}
+
+/// Where the cgroup2 hierarchy is mounted, from /proc/self/mountinfo (proc(5)).
+fn cgroup2_mount() -> Option<std::path::PathBuf> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
+    mounts.lines().find_map(|line| {
+        let (before, after) = line.split_once(" - ")?;
+        let path = before.split(' ').nth(4)?;
+        (after.split(' ').next()? == "cgroup2").then(|| path.into())
+    })
+}
