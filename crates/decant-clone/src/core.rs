@@ -1,0 +1,698 @@
+//! Reads, guest writes, fetches and stores against each other.
+//!
+//! The volume process holds one [`CloneCore`] behind a lock that it never holds during I/O. The protocol, per request:
+//!
+//! - **Read**: [`CloneCore::is_here`], then read the file; or [`CloneCore::park`].
+//! - **Write, discard**: [`CloneCore::begin_write`]; the bytes; [`CloneCore::end_write`]; append the mark it returns; acknowledge.
+//!   From begin to end no fetched byte is stored over a block that the write found missing; after the end no fetched byte is stored over what it wrote.
+//! - **Fetched bytes**: [`CloneCore::begin_store`]; write what it names; [`CloneCore::end_store`]; then [`CloneCore::fetch_done`] once per fetch.
+//!   From begin to end a write into the blocks being stored is told [`Begin::Busy`]: it waits for a local write, never for the network.
+//! - **Flush**: [`MapFile::begin_commit`] through [`CloneCore::parts`], sync the image, write the pages, sync the map, [`MapFile::end_commit`].
+//!
+//! A read overlaps a write or a store at its own risk, as on any disk: it gets bytes from before or after, never others.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::ops::Range;
+use std::time::Duration;
+
+use decant_base::{BLOCK, ExtentSet};
+
+use crate::blocks::{BlockMap, State};
+use crate::demand::{Parked, Streams, Waiting};
+use crate::file::MapFile;
+use crate::marks::{Mark, MarkKind};
+use crate::pace::{Pace, Sent};
+use crate::progress::{Facts, Progress, Rate};
+use crate::shape::SECTORS_PER_BLOCK;
+
+/// Blocks in a region that a guest's read marks as hot: the hydration takes the rest of it next. 1 MiB.
+const HOT_REGION: u64 = 256;
+/// Hot regions remembered.
+const HOT_REGIONS: usize = 64;
+/// Bulk fetches in flight, so that a fragmented volume's many short runs stay bounded.
+const MAX_BULK_FETCHES: usize = 256;
+/// A block that the origin cannot read is tried again after this.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Names a write between its begin and its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WriteId(u64);
+
+/// What a write leaves behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Data.
+    Written,
+    /// Zeros, by a hole.
+    Discarded,
+}
+
+/// The answer to [`CloneCore::begin_write`].
+#[derive(Debug)]
+#[must_use]
+pub enum Begin {
+    /// All its blocks are ours already: write, acknowledge.
+    Free,
+    /// Fetched bytes are being stored there: wait for the store's end and begin again.
+    Busy,
+    /// Fetched blocks of regions without a durable intent are in the way: make it so ([`CloneCore::missing_intents`]) and begin again.
+    Intents,
+    /// Append `adopted`, if any, to the marks file; write; [`CloneCore::end_write`].
+    Tracked {
+        /// For the end.
+        id: WriteId,
+        /// Must be in the marks file before a byte of the write lands.
+        adopted: Option<Mark>,
+    },
+}
+
+/// Why a fetch is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Class {
+    /// A read waits for it.
+    Demand,
+    /// Hydration.
+    Bulk,
+}
+
+/// A fetch to be sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// Comes back with the answer.
+    pub token: u64,
+    /// Blocks, never in flight or here already.
+    pub blocks: Range<u64>,
+    /// For whom.
+    pub class: Class,
+}
+
+/// What to do with fetched bytes; reused from call to call.
+#[derive(Debug)]
+pub struct Arrival<W> {
+    /// 512-byte sectors to store, in order.
+    pub store: Vec<Range<u64>>,
+    /// Reads to be answered from the fetched bytes, at once.
+    pub direct: Vec<Waiting<W>>,
+    /// After [`CloneCore::end_store`]: reads to be answered from the file.
+    pub ready: Vec<Waiting<W>>,
+    /// After a failed store: reads that cannot be answered.
+    pub failed: Vec<Waiting<W>>,
+    blocks: Range<u64>,
+}
+
+impl<W> Arrival<W> {
+    /// Empty.
+    pub fn new() -> Self {
+        Self { store: Vec::new(), direct: Vec::new(), ready: Vec::new(), failed: Vec::new(), blocks: 0..0 }
+    }
+}
+
+impl<W> Default for Arrival<W> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Why a read was not parked; the waiter comes back.
+#[derive(Debug)]
+pub enum NotParked<W> {
+    /// All of it is here by now: read the file.
+    Here(W),
+    /// Policy says EIO while the origin is away.
+    Refused(W),
+    /// More reads wait than any front end sends.
+    Full(W),
+}
+
+#[derive(Debug)]
+struct Writing {
+    id: u64,
+    sectors: Range<u64>,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+struct InFlight {
+    end: u64,
+    class: Class,
+    sent: Sent,
+}
+
+/// The clone.
+pub struct CloneCore<W> {
+    map: BlockMap,
+    file: MapFile,
+    writing: Vec<Writing>,
+    storing: Vec<Range<u64>>,
+    /// By first block; they never overlap.
+    in_flight: BTreeMap<u64, InFlight>,
+    tokens: HashMap<u64, u64>,
+    bulk_in_flight: u64,
+    bulk_fetches: usize,
+    parked: Parked<W>,
+    streams: Streams,
+    hot: VecDeque<Range<u64>>,
+    cursor: u64,
+    exhausted: bool,
+    retry: Vec<(Range<u64>, Duration)>,
+    pace: Pace,
+    rate: Rate,
+    best_rate: u64,
+    fetched_bytes: u64,
+    last_arrival: Duration,
+    connected: bool,
+    eio_when_away: bool,
+    link: String,
+    link_since: Duration,
+    no_room_until: Option<Duration>,
+    hydrate: bool,
+    next_id: u64,
+    next_mark: u64,
+}
+
+impl<W> CloneCore<W> {
+    /// A clone with this map, not connected yet, hydrating as soon as it is.
+    pub fn new(map: BlockMap, file: MapFile, now: Duration) -> Self {
+        Self {
+            map,
+            file,
+            writing: Vec::with_capacity(128),
+            storing: Vec::with_capacity(8),
+            in_flight: BTreeMap::new(),
+            tokens: HashMap::new(),
+            bulk_in_flight: 0,
+            bulk_fetches: 0,
+            parked: Parked::new(),
+            streams: Streams::default(),
+            hot: VecDeque::new(),
+            cursor: 0,
+            exhausted: false,
+            retry: Vec::new(),
+            pace: Pace::new(now),
+            rate: Rate::default(),
+            best_rate: 0,
+            fetched_bytes: 0,
+            last_arrival: now,
+            connected: false,
+            eio_when_away: false,
+            link: String::new(),
+            link_since: now,
+            no_room_until: None,
+            hydrate: true,
+            next_id: 0,
+            next_mark: 0,
+        }
+    }
+
+    /// The map.
+    pub fn map(&self) -> &BlockMap {
+        &self.map
+    }
+
+    /// The map file's state.
+    pub fn file(&self) -> &MapFile {
+        &self.file
+    }
+
+    /// Both, for commits and the verification.
+    pub fn parts(&mut self) -> (&mut MapFile, &mut BlockMap) {
+        (&mut self.file, &mut self.map)
+    }
+
+    // ---- reads ----
+
+    /// Whether these 512-byte sectors can be read from the file.
+    pub fn is_here(&self, sectors: &Range<u64>) -> bool {
+        self.map.is_here(sectors)
+    }
+
+    /// A read waits for `sectors`; the fetches it needs, read-ahead included, go to `plans`.
+    pub fn park(&mut self, now: Duration, sectors: Range<u64>, waiter: W, plans: &mut Vec<Plan>) -> Result<(), NotParked<W>> {
+        if self.is_here(&sectors) {
+            return Err(NotParked::Here(waiter));
+        }
+        if !self.connected && self.eio_when_away {
+            return Err(NotParked::Refused(waiter));
+        }
+        self.parked.push(sectors.clone(), waiter).map_err(NotParked::Full)?;
+        let blocks = blocks_of(&sectors);
+        let ahead = self.streams.ahead(&blocks);
+        self.pace.foreground(now);
+        self.heat(blocks.start);
+        self.demand(now, blocks.start..(blocks.end + ahead).min(self.map.shape().blocks()), plans);
+        Ok(())
+    }
+
+    fn heat(&mut self, block: u64) {
+        let start = block / HOT_REGION * HOT_REGION;
+        let region = start..(start + HOT_REGION).min(self.map.shape().blocks());
+        if !self.hot.contains(&region) {
+            self.hot.push_front(region);
+            self.hot.truncate(HOT_REGIONS);
+        }
+    }
+
+    fn demand(&mut self, now: Duration, blocks: Range<u64>, plans: &mut Vec<Plan>) {
+        let mut at = blocks.start;
+        while let Some(run) = self.fetchable(at..blocks.end, u64::MAX) {
+            at = run.end;
+            self.retry.iter_mut().for_each(|(range, due)| {
+                if range.start < run.end && run.start < range.end {
+                    *due = now;
+                }
+            });
+            self.send(now, run, Class::Demand, plans);
+        }
+    }
+
+    /// The first run of blocks, at most `limit`, that are missing and not in flight.
+    fn fetchable(&self, within: Range<u64>, limit: u64) -> Option<Range<u64>> {
+        let mut at = within.start;
+        while at < within.end {
+            if let Some((_, covering)) = self.in_flight.range(..=at).next_back().filter(|(_, fetch)| fetch.end > at) {
+                at = covering.end;
+                continue;
+            }
+            let next_start = self.in_flight.range(at..).next().map_or(within.end, |(&start, _)| start).min(within.end);
+            if let Some(run) = self.map.next_in(at..next_start, State::Missing) {
+                return Some(run.start..run.end.min(run.start.saturating_add(limit)));
+            }
+            at = next_start;
+        }
+        None
+    }
+
+    fn send(&mut self, now: Duration, blocks: Range<u64>, class: Class, plans: &mut Vec<Plan>) {
+        if self.in_flight.is_empty() {
+            self.last_arrival = now;
+        }
+        let bytes = (blocks.end - blocks.start) * BLOCK;
+        let bulk = (class == Class::Bulk).then_some(bytes);
+        if bulk.is_some() {
+            self.bulk_in_flight += bytes;
+            self.bulk_fetches += 1;
+        }
+        let token = self.next_id;
+        self.next_id += 1;
+        self.tokens.insert(token, blocks.start);
+        self.in_flight.insert(blocks.start, InFlight { end: blocks.end, class, sent: self.pace.sent(now, bulk) });
+        plans.push(Plan { token, blocks, class });
+    }
+
+    /// How many reads wait.
+    pub fn parked(&self) -> usize {
+        self.parked.len()
+    }
+
+    /// All reads that wait, to be failed: the machine is being stopped or killed.
+    pub fn fail_parked(&mut self, out: &mut Vec<Waiting<W>>) {
+        self.parked.take(|_| true, out);
+    }
+
+    // ---- writes ----
+
+    /// A write or discard of 512-byte `sectors` (whole sectors of the volume) wants to begin.
+    pub fn begin_write(&mut self, sectors: &Range<u64>, kind: Kind) -> Begin {
+        let blocks = blocks_of(sectors);
+        let any_missing = self.map.count(State::Missing) > 0 && self.is_missing_in(sectors, blocks.clone());
+        if any_missing && self.storing.iter().any(|store| store.start < blocks.end && blocks.start < store.end) {
+            return Begin::Busy;
+        }
+        let fetched = self.map.count(State::Fetched) > 0 && self.map.has_fetched(blocks.clone());
+        if fetched && !self.missing_intents(sectors).is_empty() {
+            return Begin::Intents;
+        }
+        if !any_missing && !fetched {
+            self.mark(kind, sectors);
+            return Begin::Free;
+        }
+        let adopted = (fetched && self.map.adopt(sectors)).then(|| self.number(MarkKind::Adopted, sectors));
+        let id = self.next_id;
+        self.next_id += 1;
+        self.writing.push(Writing { id, sectors: sectors.clone(), kind });
+        Begin::Tracked { id: WriteId(id), adopted }
+    }
+
+    /// Whether a missing block of `blocks` would get sectors that are not ours yet.
+    fn is_missing_in(&self, sectors: &Range<u64>, blocks: Range<u64>) -> bool {
+        let mut at = blocks.start;
+        while let Some(run) = self.map.next_in(at..blocks.end, State::Missing) {
+            let shape = self.map.shape();
+            if !shape.has_masks() || run.clone().any(|block| shape.mask_in(block, sectors) & !self.map.entry(block).mask != 0) {
+                return true;
+            }
+            at = run.end;
+        }
+        false
+    }
+
+    /// The intent regions that must be durable before fetched blocks of `sectors` are overwritten.
+    pub fn missing_intents(&self, sectors: &Range<u64>) -> Vec<u64> {
+        let blocks = blocks_of(sectors);
+        let mut regions = Vec::new();
+        let mut at = blocks.start;
+        while let Some(run) = self.map.next_in(at..blocks.end, State::Fetched) {
+            let region = self.file.region(run.start);
+            if !self.file.has_intent(region) {
+                regions.push(region);
+            }
+            at = self.file.region_end(region);
+        }
+        regions
+    }
+
+    /// The write's bytes are in the file (`landed`), or it failed. Append the mark before it is acknowledged.
+    pub fn end_write(&mut self, id: WriteId, landed: bool) -> Option<Mark> {
+        let index = self.writing.iter().position(|writing| writing.id == id.0)?;
+        let Writing { sectors, kind, .. } = self.writing.swap_remove(index);
+        if !landed {
+            return None;
+        }
+        self.mark(kind, &sectors);
+        Some(self.number(if kind == Kind::Written { MarkKind::Written } else { MarkKind::Discarded }, &sectors))
+    }
+
+    fn mark(&mut self, kind: Kind, sectors: &Range<u64>) {
+        match kind {
+            Kind::Written => self.map.mark_written(sectors),
+            Kind::Discarded => self.map.mark_discarded(sectors),
+        }
+    }
+
+    fn number(&mut self, kind: MarkKind, sectors: &Range<u64>) -> Mark {
+        let number = self.next_mark;
+        self.next_mark += 1;
+        Mark { number, kind, sectors: sectors.clone() }
+    }
+
+    /// The number of the next mark: all below are in memory, and a commit begun now makes them superfluous.
+    pub fn next_mark(&self) -> u64 {
+        self.next_mark
+    }
+
+    /// Takes a record of the marks file that a killed process left.
+    pub fn replay(&mut self, mark: &Mark) {
+        let end = mark.sectors.end.min(self.map.shape().sectors());
+        let sectors = mark.sectors.start.min(end)..end;
+        match mark.kind {
+            MarkKind::Written => self.map.mark_written(&sectors),
+            MarkKind::Discarded => self.map.mark_discarded(&sectors),
+            MarkKind::Adopted => {
+                self.map.adopt(&sectors);
+            }
+        }
+        self.next_mark = self.next_mark.max(mark.number + 1);
+    }
+
+    // ---- fetched bytes ----
+
+    /// Bytes of `blocks` arrived for `token`: what to store and whom to answer goes to `arrival`.
+    pub fn begin_store(&mut self, now: Duration, token: u64, blocks: Range<u64>, arrival: &mut Arrival<W>) {
+        let shape = self.map.shape();
+        arrival.store.clear();
+        arrival.blocks = blocks.clone();
+        let bytes = shape.bytes_of(blocks.clone());
+        let bytes = bytes.end - bytes.start;
+        self.fetched_bytes += bytes;
+        self.rate.add(now, bytes);
+        self.last_arrival = now;
+        if let Some(fetch) = self.tokens.get(&token).and_then(|start| self.in_flight.get_mut(start)) {
+            self.pace.arrived(now, &mut fetch.sent, bytes);
+        }
+        let chunk = blocks.start * SECTORS_PER_BLOCK..blocks.end * SECTORS_PER_BLOCK;
+        let (map, writing) = (&self.map, &self.writing);
+        let is_free = |block: u64| {
+            map.entry(block).state == State::Missing && !writing.iter().any(|w| blocks_of(&w.sectors).contains(&block))
+        };
+        for block in blocks.clone().filter(|&block| is_free(block)) {
+            let ours = map.entry(block).mask;
+            let base = block * SECTORS_PER_BLOCK;
+            if ours == 0 {
+                push(&mut arrival.store, base..(base + SECTORS_PER_BLOCK).min(shape.sectors()));
+                continue;
+            }
+            for sector in (0..SECTORS_PER_BLOCK).filter(|s| shape.full_mask(block) & !ours & 1 << s != 0) {
+                push(&mut arrival.store, base + sector..base + sector + 1);
+            }
+        }
+        let is_pure = |block: u64| is_free(block) && map.entry(block).mask == 0;
+        self.parked.take(
+            |read| read.start >= chunk.start && read.end <= chunk.end && blocks_of(read).all(is_pure),
+            &mut arrival.direct,
+        );
+        if !arrival.store.is_empty() {
+            self.storing.push(blocks);
+        }
+    }
+
+    /// What `arrival` named is in the file (`landed`), or could not be stored and stays missing.
+    pub fn end_store(&mut self, arrival: &mut Arrival<W>, landed: bool) {
+        if let Some(index) = self.storing.iter().position(|store| *store == arrival.blocks) {
+            self.storing.swap_remove(index);
+        }
+        for store in arrival.store.iter().filter(|_| landed) {
+            self.map.mark_fetched(blocks_of(store));
+        }
+        let (map, chunk) = (&self.map, &arrival.blocks);
+        let overlaps = |read: &Range<u64>| {
+            let read = blocks_of(read);
+            read.start < chunk.end && chunk.start < read.end
+        };
+        self.parked.take(|read| overlaps(read) && map.is_here(read), &mut arrival.ready);
+        if !landed {
+            self.parked.take(overlaps, &mut arrival.failed);
+        }
+    }
+
+    /// The fetch is answered (`ok`), or the origin cannot read what it asked for; then the reads that cannot be answered go to `failed`.
+    pub fn fetch_done(&mut self, now: Duration, token: u64, ok: bool, failed: &mut Vec<Waiting<W>>) {
+        let Some(start) = self.tokens.remove(&token) else { return };
+        let Some(fetch) = self.in_flight.remove(&start) else { return };
+        let blocks = start..fetch.end;
+        if fetch.class == Class::Bulk {
+            self.bulk_in_flight -= (blocks.end - blocks.start) * BLOCK;
+            self.bulk_fetches -= 1;
+        }
+        self.last_arrival = now;
+        self.retry.retain(|(range, _)| !(blocks.start <= range.start && range.end <= blocks.end));
+        if ok {
+            self.pace.answered(now, &fetch.sent);
+        }
+        let Some(left) = self.map.next_in(blocks.clone(), State::Missing) else { return };
+        self.exhausted = false;
+        if ok {
+            return;
+        }
+        if fetch.class == Class::Demand {
+            let map = &self.map;
+            self.parked.take(
+                |read| {
+                    let read = blocks_of(read);
+                    map.next_in(read.start.max(blocks.start)..read.end.min(blocks.end), State::Missing).is_some()
+                },
+                failed,
+            );
+        }
+        // Halves at once, a single block later: the readable rest of a run does not wait for the unreadable block in it.
+        let middle = left.start + (blocks.end - left.start) / 2;
+        if middle == left.start {
+            self.retry.push((left.start..blocks.end, now + RETRY));
+        } else {
+            self.retry.push((left.start..middle, now));
+            self.retry.push((middle..blocks.end, now));
+        }
+    }
+
+    // ---- hydration ----
+
+    /// Fetches to send now, besides those that reads asked for.
+    pub fn poll(&mut self, now: Duration, plans: &mut Vec<Plan>) {
+        self.demand_again(now, plans);
+        if self.no_room_until.is_some_and(|until| until <= now) {
+            self.no_room_until = None;
+        }
+        if !self.connected || !self.hydrate || self.no_room_until.is_some() {
+            return;
+        }
+        loop {
+            let run = self.pace.run(now);
+            let fits = self.bulk_in_flight == 0 || self.bulk_in_flight + run <= self.pace.window(now);
+            if !fits || self.bulk_fetches >= MAX_BULK_FETCHES || self.pace.held_until(now).is_some() {
+                return;
+            }
+            let Some(blocks) = self.next_bulk(now, run / BLOCK) else { return };
+            self.send(now, blocks, Class::Bulk, plans);
+        }
+    }
+
+    /// A fetch may end with blocks left missing (a write was under way): reads that wait for them ask again.
+    fn demand_again(&mut self, now: Duration, plans: &mut Vec<Plan>) {
+        if self.parked.is_empty() {
+            return;
+        }
+        let wanted: Vec<_> =
+            self.parked.ranges().map(blocks_of).filter_map(|blocks| self.fetchable(blocks, u64::MAX)).collect();
+        for blocks in wanted {
+            self.demand(now, blocks, plans);
+        }
+    }
+
+    fn next_bulk(&mut self, now: Duration, limit: u64) -> Option<Range<u64>> {
+        while let Some(index) = self.retry.iter().position(|(_, due)| *due <= now) {
+            let (range, _) = self.retry.swap_remove(index);
+            if let Some(run) = self.fetchable(range.clone(), limit) {
+                if run.end < range.end {
+                    self.retry.push((run.end..range.end, now));
+                }
+                return Some(run);
+            }
+        }
+        while let Some(region) = self.hot.front().cloned() {
+            if let Some(run) = self.not_deferred(region, limit) {
+                return Some(run);
+            }
+            self.hot.pop_front();
+        }
+        if self.exhausted {
+            return None;
+        }
+        let end = self.map.shape().blocks();
+        let found = self.not_deferred(self.cursor..end, limit).or_else(|| self.not_deferred(0..self.cursor, limit));
+        match &found {
+            Some(run) => self.cursor = run.end,
+            None => self.exhausted = true,
+        }
+        found
+    }
+
+    /// As `fetchable`, without the ranges that wait for their next try.
+    fn not_deferred(&self, within: Range<u64>, limit: u64) -> Option<Range<u64>> {
+        let mut at = within.start;
+        while let Some(run) = self.fetchable(at..within.end, limit) {
+            let Some((deferred, _)) = self.retry.iter().find(|(range, _)| range.start < run.end && run.start < range.end) else {
+                return Some(run);
+            };
+            if run.start < deferred.start {
+                return Some(run.start..deferred.start);
+            }
+            at = deferred.end;
+        }
+        None
+    }
+
+    /// When [`CloneCore::poll`] may have more to send although nothing else happens.
+    pub fn next_poll(&mut self, now: Duration) -> Option<Duration> {
+        if !self.connected || !self.hydrate || self.map.count(State::Missing) == 0 {
+            return None;
+        }
+        let retry = self.retry.iter().map(|(_, due)| *due).min();
+        [self.pace.held_until(now), retry, self.no_room_until].into_iter().flatten().min()
+    }
+
+    /// Missing blocks were marked by somebody else (the verification).
+    pub fn refill(&mut self) {
+        self.exhausted = false;
+    }
+
+    /// Limits the hydration, bytes per second.
+    pub fn set_limit(&mut self, now: Duration, limit: Option<u64>) {
+        self.pace.set_limit(now, limit);
+    }
+
+    /// Switches the hydration off or on; reads are served in any case.
+    pub fn set_hydrate(&mut self, on: bool) {
+        self.hydrate = on;
+    }
+
+    /// The local file has no room: the hydration pauses for `pause`, then tries again.
+    pub fn no_room(&mut self, now: Duration, pause: Duration) {
+        self.no_room_until = Some(now + pause);
+    }
+
+    /// What reads of missing blocks get while the origin is away; those that must fail go to `failed`.
+    pub fn set_eio_when_away(&mut self, eio: bool, failed: &mut Vec<Waiting<W>>) {
+        self.eio_when_away = eio;
+        if eio && !self.connected {
+            self.fail_parked(failed);
+        }
+    }
+
+    /// The link came up or went away; reads that must fail go to `failed`.
+    pub fn handle_link(&mut self, now: Duration, up: bool, detail: &str, failed: &mut Vec<Waiting<W>>) {
+        if self.connected != up || self.link.is_empty() {
+            self.link_since = now;
+        }
+        self.connected = up;
+        self.link.clear();
+        self.link.push_str(detail);
+        self.last_arrival = now;
+        if !up && self.eio_when_away {
+            self.fail_parked(failed);
+        }
+    }
+
+    /// Whether the origin answers.
+    pub fn connected(&self) -> bool {
+        self.connected
+    }
+
+    /// How far it is. `ranges`: how many missing runs to name.
+    pub fn progress(&mut self, now: Duration, ranges: usize) -> Progress {
+        let rate = self.rate.per_second(now);
+        self.best_rate = self.best_rate.max(rate);
+        let in_flight: u64 = self.in_flight.iter().map(|(start, fetch)| (fetch.end - start) * BLOCK).sum();
+        let facts = Facts {
+            unfinished: self.map.count(State::Missing) > 0,
+            connected: self.connected,
+            link: self.link.clone(),
+            link_age: now.saturating_sub(self.link_since),
+            silent: if in_flight > 0 { now.saturating_sub(self.last_arrival) } else { Duration::ZERO },
+            no_room: self.no_room_until.is_some(),
+            unreadable: self.retry.iter().filter(|(_, due)| *due > now).map(|(range, _)| range.end - range.start).sum(),
+            parked: self.parked.len(),
+            rate,
+            best_rate: self.best_rate,
+            limit: self.pace.limit(),
+            paused: !self.hydrate,
+        };
+        Progress {
+            total: self.map.live().len() * BLOCK,
+            filled: self.map.count(State::Fetched) * BLOCK,
+            written: self.map.written_live() * BLOCK,
+            discarded: self.map.discarded_live() * BLOCK,
+            missing: self.map.count(State::Missing) * BLOCK,
+            fetched: self.fetched_bytes,
+            rate,
+            parked: self.parked.len() as u64,
+            in_flight,
+            hindrance: facts.hindrance(),
+            missing_ranges: self.missing_ranges(ranges),
+        }
+    }
+
+    fn missing_ranges(&self, limit: usize) -> ExtentSet {
+        let mut ranges = ExtentSet::new();
+        let mut at = 0;
+        for _ in 0..limit {
+            let Some(run) = self.map.next_in(at..self.map.shape().blocks(), State::Missing) else { break };
+            at = run.end;
+            ranges.insert(self.map.shape().bytes_of(run));
+        }
+        ranges
+    }
+}
+
+/// The blocks that a range of 512-byte sectors touches.
+pub fn blocks_of(sectors: &Range<u64>) -> Range<u64> {
+    sectors.start / SECTORS_PER_BLOCK..sectors.end.div_ceil(SECTORS_PER_BLOCK)
+}
+
+fn push(runs: &mut Vec<Range<u64>>, sectors: Range<u64>) {
+    match runs.last_mut() {
+        Some(run) if run.end == sectors.start => run.end = sectors.end,
+        _ => runs.push(sectors),
+    }
+}
+
+#[cfg(test)]
+mod tests;
