@@ -17,17 +17,27 @@
 
 #![forbid(unsafe_code)]
 
+mod destination;
+mod draft;
 pub mod drain;
 pub mod handoff;
+mod life;
 pub mod migration;
+mod orders;
 pub mod plan;
+mod points;
 pub mod progress;
 mod row;
+mod source;
 mod step;
 mod vocabulary;
 mod wait;
+mod why;
 
+pub use life::may_run;
+pub use points::{MESSAGE_POINTS, MessagePoints, POINTS, Point};
 pub use row::{Desired, Life, Row, SealedCopy, Went};
-pub use step::{POINTS, Point, decline, pending, step};
+pub use step::{decline, pending, step};
 pub use vocabulary::{Body, Denied, Effect, Event, MachineCommand, Message, Move, Offer, Order, Step, Sync};
 pub use wait::{Severity, Wait};
+pub use why::{progress, reclaim_loses, recovery_point, why};

@@ -25,7 +25,6 @@
 //! `ended`, from any phase before the commit point.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
 use decant_base::{DrainId, Epoch, MigrationId, WorkerId};
 use decant_dataplane::{Origin, Seal, Verification};
@@ -134,6 +133,8 @@ pub enum Back {
         step: String,
         /// Cause, as a person reads it.
         reason: String,
+        /// The cause may pass: the same may be tried again.
+        passing: bool,
     },
     /// The operator said that the destination is destroyed.
     Reclaimed,
@@ -166,18 +167,16 @@ pub struct Migration {
     pub back: Option<Back>,
     /// Source: the destination answered `accepted`; a cancel comes too late.
     pub accepted: bool,
-    /// Source: the machine was told to stop. Destination: the clone was begun.
+    /// Destination: the clone was begun, or there is no volume.
     pub begun: bool,
-    /// The other end has confirmed that it is rid of the migration, or needs nothing from here.
+    /// Unwinding: the other end is rid of the migration.
     pub peer_done: bool,
-    /// Here everything of the migration was undone or closed.
+    /// Unwinding at the source: the export is closed. Elsewhere: what the machine left here is removed.
     pub local_done: bool,
     /// Destination: where missing blocks come from.
     pub origin: Option<Origin>,
     /// Destination: what is live; carried from the grant until the clone is begun.
     pub seal: Option<Seal>,
-    /// Destination: the clone's device.
-    pub device: Option<PathBuf>,
     /// What verification found.
     pub verification: Option<Verification>,
     /// What it waits for.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::handoff::{State, Top};
-use crate::migration::Migration;
+use crate::migration::{Migration, Phase, Role};
 use crate::wait::Wait;
 
 /// Whether the operator wants the machine up.
@@ -36,6 +36,8 @@ pub enum Life {
     Up,
     /// Told to stop.
     Stopping,
+    /// Down; its device is being taken away.
+    Detaching,
 }
 
 /// A copy that its new owner no longer needs, kept until it expires.
@@ -113,6 +115,82 @@ impl Row {
             migration: None,
             copy: None,
             went: None,
+        }
+    }
+
+    /// The row's state in a few words, for the one line of the log per transition: `moving(3) planned`, `active(4) up`.
+    pub fn summary(&self) -> String {
+        let epoch = match &self.state {
+            State::None | State::Prepared { .. } => String::new(),
+            State::Active { epoch }
+            | State::Moving { epoch, .. }
+            | State::Sealed { epoch, .. }
+            | State::Released { epoch } => {
+                format!("({epoch})")
+            }
+        };
+        let mut words = format!("{}{epoch}", self.state.name());
+        if self.state.owned().is_some() {
+            words += &format!(" {}", self.life.name());
+        }
+        if let Some(migration) = self.migration.as_ref().filter(|migration| !migration.phase.is_over()) {
+            words += &format!(" {}", migration.phase.name());
+        }
+        words
+    }
+
+    /// The handoff's invariants as far as one row can break them. A step that breaks one has a bug; the model checks this in every state.
+    ///
+    /// # Errors
+    /// Which one, in words.
+    pub fn check(&self) -> Result<(), String> {
+        let under_way = self.migration.as_ref().filter(|migration| !migration.phase.is_over());
+        let phase = |role| under_way.filter(|m| m.role == role).map(|m| (&m.id, m.phase));
+        let (source, destination) = (phase(Role::Source), phase(Role::Destination));
+        let holds = match &self.state {
+            State::None => source.is_none() && destination.is_none_or(|(_, phase)| phase == Phase::Unwinding),
+            State::Active { .. } => {
+                source.is_none_or(|(_, phase)| phase == Phase::Unwinding)
+                    && destination.is_none_or(|(_, phase)| (Phase::Granted..=Phase::Verified).contains(&phase))
+            }
+            State::Moving { migration, .. } => {
+                source.is_some_and(|(id, phase)| id == migration && phase <= Phase::Stopped)
+            }
+            State::Prepared { migration } => {
+                destination.is_some_and(|(id, phase)| id == migration && phase <= Phase::Prepared)
+            }
+            State::Sealed { migration, .. } => {
+                source.is_some_and(|(id, phase)| id == migration && (Phase::Sealed..=Phase::Hydrating).contains(&phase))
+            }
+            State::Released { .. } => source.is_none_or(|(_, phase)| phase == Phase::Verified) && destination.is_none(),
+        };
+        if !holds {
+            return Err(format!("state {:?} does not go with {under_way:?}", self.state));
+        }
+        if self.state.owned().is_some_and(|epoch| epoch > self.top.epoch) {
+            return Err(format!("owned at {:?}, above the top {:?}", self.state, self.top));
+        }
+        if let (State::Moving { epoch, .. } | State::Sealed { epoch, .. }, Some(migration)) = (&self.state, under_way)
+            && migration.epoch != epoch.next()
+        {
+            return Err(format!("grants {:?} from {epoch:?}", migration.epoch));
+        }
+        if self.state.owned().is_none() && self.life != Life::Down {
+            return Err(format!("{:?} without being the owner", self.life));
+        }
+        Ok(())
+    }
+}
+
+impl Life {
+    /// The word, as logs and the API write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Down => "down",
+            Self::Starting => "starting",
+            Self::Up => "up",
+            Self::Stopping => "stopping",
+            Self::Detaching => "detaching",
         }
     }
 }

@@ -1,38 +1,200 @@
 //! The one way in: an event is stepped.
 
+use decant_base::WorkerId;
+use decant_dataplane::{Command, Failure, FailureCode, Outcome};
+
+use crate::draft::{self, Draft};
+use crate::handoff::State;
+use crate::migration::{Phase, Role};
 use crate::row::Row;
-use crate::vocabulary::{Denied, Effect, Event, Message, Step};
+use crate::vocabulary::{Body, Denied, Effect, Event, Message, Step};
+use crate::wait::{self, Wait};
+use crate::{destination, life, orders, source};
 
-/// The names of a crash point before and after a commit, both in [`POINTS`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Point {
-    /// Passed before the commit.
-    pub before: &'static str,
-    /// Passed after it.
-    pub after: &'static str,
-}
-
-/// Every crash point of the journal: `journal:<source|destination|machine|drain>:<phase>:<before|after>`.
-pub const POINTS: &[Point] = &[];
+/// A copy that is being freed is looked at again after this time, should the outcome get lost, milliseconds.
+const FREEING_MS: u64 = 60_000;
 
 /// What follows from `event`. Pure: the same arguments give the same answer.
 ///
 /// # Errors
 /// [`Denied`] if the event changes nothing and its sender should know.
 pub fn step(row: &Row, event: Event, now_ms: u64) -> Result<Step, Denied> {
-    let _ = (row, now_ms);
-    let _ = event;
-    Err(Denied::Unawaited)
+    let mut draft = Draft::new(row, now_ms);
+    let rearm = matches!(event, Event::Wake | Event::Restarted);
+    match event {
+        Event::Restarted => restarted(&mut draft),
+        Event::Wake => due(&mut draft),
+        Event::Order(order) => orders::order(&mut draft, order)?,
+        Event::Received { from, message } => received(&mut draft, &from, &message)?,
+        Event::Plane { command, result } => plane(&mut draft, &command, result.map(|outcome| *outcome))?,
+        Event::Machine { command, result } => {
+            let of_migration = source::machine(&mut draft, &command, result.clone())
+                .or_else(|_| destination::machine(&mut draft, &command, result.clone()));
+            of_migration.or_else(|_| life::machine(&mut draft, &command, result))?;
+        }
+        Event::MachineLost { reason } => life::lost(&mut draft, &reason)?,
+        Event::EpochSeen { epoch, by } => seen(&mut draft, epoch, &by)?,
+    }
+    draft.finish(row, rearm)
 }
 
 /// What must be (re)performed in this state: after a restart, and when a try failed or an answer did not come.
 pub fn pending(row: &Row, now_ms: u64) -> Vec<Effect> {
-    let _ = (row, now_ms);
-    Vec::new()
+    let mut effects = life::effects(row);
+    effects.extend(draft::migration_effects(row));
+    effects.extend(expired(row, now_ms));
+    effects.extend(draft::next_wake(row).map(|at_ms| Effect::Wake { at_ms }));
+    effects
 }
 
 /// The answer to a `Prepare` that this worker does not even consider, e.g. because it is cordoned; `None` for other messages.
 pub fn decline(message: &Message, reason: &str) -> Option<Message> {
-    let _ = (message, reason);
-    None
+    let Body::Prepare { .. } = message.body else { return None };
+    let failure = Failure { code: FailureCode::Refused, message: reason.to_owned() };
+    Some(Message { body: Body::PrepareFailed { failure }, ..message.clone() })
+}
+
+fn restarted(draft: &mut Draft) {
+    life::restarted(draft);
+    if let Some(phase) = draft.row.migration.as_ref().map(|migration| migration.phase) {
+        draft.enter(phase);
+        source::restarted(draft);
+        destination::restarted(draft);
+    }
+    draft.drive_life();
+    draft.drive_migration();
+    expire(draft);
+}
+
+fn due(draft: &mut Draft) {
+    source::due(draft);
+    destination::due(draft);
+    let now_ms = draft.now_ms;
+    if let Some(wait) = draft.row.wait.as_mut().filter(|wait| wait.is_due(now_ms)) {
+        wait.retry_ms = None;
+        draft.drive_life();
+    }
+    expire(draft);
+}
+
+/// What frees the sealed copy, if its time has come.
+fn expired(row: &Row, now_ms: u64) -> Vec<Effect> {
+    let under_way = row.migration.as_ref().is_some_and(|migration| !migration.phase.is_over());
+    match &row.copy {
+        Some(copy) if copy.expires_ms <= now_ms && !under_way => {
+            let volume = copy.volume.clone();
+            vec![Effect::Plane(Command::Free { volume: volume.clone() }), Effect::Plane(Command::Delete { volume })]
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// Frees the sealed copy if its time has come.
+pub(crate) fn expire(draft: &mut Draft) {
+    let (row, now_ms) = (&mut draft.row, draft.now_ms);
+    if row.wait.as_ref().is_some_and(|wait| wait.on != "free-copy" || wait.retry_ms.is_some_and(|at| at > now_ms)) {
+        return;
+    }
+    let effects = expired(row, now_ms);
+    if !effects.is_empty() {
+        let mut wait =
+            row.wait.take().unwrap_or_else(|| Wait::new("free-copy", "the copy's payload is discarded", now_ms));
+        wait.retry_ms = Some(now_ms.saturating_add(FREEING_MS));
+        row.wait = Some(wait);
+        draft.effects.extend(effects);
+    }
+}
+
+fn plane(draft: &mut Draft, command: &Command, result: Result<Outcome, Failure>) -> Result<(), Denied> {
+    if let Some(done) = copy_outcome(draft, command, &result) {
+        return done;
+    }
+    source::plane(draft, command, result.clone())
+        .or_else(|_| destination::plane(draft, command, result.clone()))
+        .or_else(|_| life::plane(draft, command, result))
+}
+
+/// An outcome of freeing the sealed copy, or of making room for the machine's return.
+fn copy_outcome(draft: &mut Draft, command: &Command, result: &Result<Outcome, Failure>) -> Option<Result<(), Denied>> {
+    let (Command::Free { volume } | Command::Delete { volume }) = command else { return None };
+    draft.row.copy.as_ref().filter(|copy| copy.volume == *volume)?;
+    let is_freeing = matches!(draft.row.state, State::None | State::Released { .. });
+    match (command, result) {
+        (Command::Delete { .. }, Ok(_)) => {
+            draft.row.copy = None;
+            if is_freeing {
+                draft.row.wait = None;
+                draft.row.volume = None;
+                draft.row.spec = None;
+            }
+        }
+        (_, Err(failure)) if is_freeing => {
+            let (name, now_ms) = (draft.row.machine.as_str().to_owned(), draft.now_ms);
+            wait::retry(&mut draft.row.wait, "free-copy", failure, wait::ASK, &name, now_ms);
+        }
+        // A failed Delete before a return shows in the Prepare that follows it.
+        _ => {}
+    }
+    Some(Ok(()))
+}
+
+/// Whether it comes from the source of its migration.
+fn is_of_source(body: &Body) -> bool {
+    matches!(body, Body::Prepare { .. } | Body::Grant { .. } | Body::Refuse | Body::Abandon | Body::Released)
+}
+
+fn received(draft: &mut Draft, from: &WorkerId, message: &Message) -> Result<(), Denied> {
+    let impossible =
+        |reason: String| Denied::Impossible { from: from.clone(), what: message.body.name().to_owned(), reason };
+    if message.machine != draft.row.machine {
+        return Err(impossible(format!("it is about {}", message.machine)));
+    }
+    if let Some(migration) = draft.row.migration.as_ref().filter(|migration| migration.id == message.migration) {
+        let by_source = is_of_source(&message.body);
+        let about_our_role =
+            matches!(message.body, Body::GrantStale { .. }) || by_source == (migration.role == Role::Destination);
+        if migration.peer != *from || !about_our_role {
+            return Err(impossible(format!("the other end of {} is {}", migration.id, migration.peer)));
+        }
+        if migration.epoch != message.epoch {
+            return Err(impossible(format!("{} is about epoch {}", migration.id, migration.epoch)));
+        }
+    }
+    if is_of_source(&message.body) {
+        return destination::received(draft, from, message);
+    }
+    let is_source = draft.migration_as(Role::Source).is_some_and(|migration| migration.id == message.migration);
+    if is_source { source::received(draft, from, message) } else { stranger(draft, from, message) }
+}
+
+/// A destination speaks of a migration that is over here, or that this row never knew.
+fn stranger(draft: &mut Draft, from: &WorkerId, message: &Message) -> Result<(), Denied> {
+    let owned = draft.row.state.owned();
+    let is_claim = match &message.body {
+        Body::GrantAccepted | Body::Verified { .. } => true,
+        Body::Progress { phase } => *phase >= Phase::Granted,
+        _ => false,
+    };
+    match (&message.body, owned) {
+        (Body::PrepareOk, _) => draft.reply(from, message, Body::Abandon),
+        // A higher epoch than the owner's: its journal is an old copy.
+        (_, Some(epoch)) if is_claim && epoch < message.epoch => draft.veto(message.epoch, from),
+        (Body::Verified { .. }, Some(epoch)) => draft.reply(from, message, Body::GrantStale { top: epoch }),
+        (Body::Verified { .. }, None) => draft.reply(from, message, Body::Released),
+        // The source was reclaimed while this worker, the destination, was thought to be destroyed.
+        (Body::GrantStale { top }, Some(epoch)) if *top > epoch => draft.veto(*top, from),
+        _ => return Err(Denied::Unawaited),
+    }
+    Ok(())
+}
+
+/// Somebody claims a higher epoch.
+fn seen(draft: &mut Draft, epoch: decant_base::Epoch, by: &WorkerId) -> Result<(), Denied> {
+    match &draft.row.state {
+        State::Active { epoch: own } | State::Moving { epoch: own, .. } if *own < epoch => draft.veto(epoch, by),
+        // Its grant was accepted; the destination will say so itself.
+        State::Sealed { epoch: own, to, .. } if epoch == own.next() && to == by => return Err(Denied::Unawaited),
+        _ => return Err(Denied::Unawaited),
+    }
+    Ok(())
 }

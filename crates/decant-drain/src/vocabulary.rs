@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::migration::{Limits, Phase};
+use crate::points::Point;
 use crate::row::{Desired, Row};
 
 /// Something happened.
@@ -137,8 +138,6 @@ pub enum Body {
         drain: Option<DrainId>,
         /// Timeouts.
         limits: Limits,
-        /// SHA-256 fingerprint, hex, of the source's certificate.
-        certificate: String,
     },
     /// Destination: ready. Sent again until the source says something.
     PrepareOk,
@@ -283,6 +282,8 @@ pub struct Step {
     pub row: Row,
     /// Whether it must be durable before the effects.
     pub sync: Sync,
+    /// The crash points around its commit.
+    pub point: Point,
     /// What to do then, in order.
     pub effects: Vec<Effect>,
 }
@@ -292,7 +293,7 @@ pub struct Step {
 #[serde(rename_all = "snake_case", tag = "denied")]
 pub enum Denied {
     /// The worker does not own the machine.
-    #[error("{worker} does not own this machine: it is {state} here{hint}")]
+    #[error("{worker} does not own this machine, which is {state} here{hint}")]
     NotOwner {
         /// The worker asked.
         worker: WorkerId,

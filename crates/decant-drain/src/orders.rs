@@ -1,0 +1,212 @@
+//! What an operator, or a drain, orders of one machine.
+
+use decant_base::{MigrationId, VolumeId};
+use serde_json::Value;
+
+use crate::draft::{Draft, not_owner};
+use crate::handoff::{State, Top};
+use crate::migration::{Phase, Role};
+use crate::row::{Desired, Life};
+use crate::vocabulary::{Denied, Move, Order};
+use crate::wait::Severity;
+use crate::{destination, life, source};
+
+/// Carries the order out, or says why not.
+pub(crate) fn order(draft: &mut Draft, order: Order) -> Result<(), Denied> {
+    match order {
+        Order::Run { spec, volume } => run(draft, spec, volume),
+        Order::Start => desire(draft, Desired::Running),
+        Order::Stop => desire(draft, Desired::Stopped),
+        Order::Remove => remove(draft),
+        Order::Move(order) => move_to(draft, *order),
+        Order::Cancel { migration } => cancel(draft, &migration),
+        Order::Reclaim => source::reclaim(draft),
+        Order::ForgetOrigin => forget_origin(draft),
+        Order::Retry => {
+            retry(draft);
+            Ok(())
+        }
+        Order::FreeCopy => free_copy(draft),
+        Order::ClearVeto => clear_veto(draft),
+    }
+}
+
+fn busy<T>(reason: String) -> Result<T, Denied> {
+    Err(Denied::Busy { reason })
+}
+
+fn run(draft: &mut Draft, spec: Value, volume: Option<VolumeId>) -> Result<(), Denied> {
+    let row = &mut draft.row;
+    if row.state != State::None {
+        return Err(Denied::Exists { state: row.state.name().to_owned() });
+    }
+    if let Some(migration) = row.migration.as_ref().filter(|migration| !migration.phase.is_over()) {
+        return busy(format!("migration {} of this machine is being undone here: try again in a moment", migration.id));
+    }
+    let epoch = row.top.epoch.next();
+    row.state = State::Active { epoch };
+    row.top = Top { epoch, answer: None };
+    row.spec = Some(spec);
+    row.volume = volume;
+    row.desired = Desired::Running;
+    row.life = Life::Down;
+    row.device = None;
+    row.migration = None;
+    row.went = None;
+    life::reconsider(draft);
+    Ok(())
+}
+
+fn desire(draft: &mut Draft, desired: Desired) -> Result<(), Denied> {
+    if draft.row.state.owned().is_none() {
+        return Err(not_owner(&draft.row));
+    }
+    match draft.row.desired {
+        Desired::Removed => return busy("this machine is being removed".to_owned()),
+        now if now == desired => return Ok(()),
+        _ => draft.row.desired = desired,
+    }
+    life::reconsider(draft);
+    Ok(())
+}
+
+fn remove(draft: &mut Draft) -> Result<(), Denied> {
+    if !matches!(draft.row.state, State::Active { .. }) {
+        return match &draft.row.state {
+            State::Moving { migration, .. } => busy(format!("it is being moved: cancel migration {migration} first")),
+            _ => Err(not_owner(&draft.row)),
+        };
+    }
+    if let Some(migration) = draft.migration_as(Role::Destination) {
+        return busy(format!(
+            "it is still being moved here from {}: wait until {} is over",
+            migration.peer, migration.id
+        ));
+    }
+    // Nobody boots it again, so a higher epoch elsewhere does no harm; without this a vetoed machine could not be removed.
+    draft.row.veto = None;
+    draft.row.wait = None;
+    if draft.row.desired != Desired::Removed {
+        draft.row.desired = Desired::Removed;
+        if draft.row.life == Life::Down {
+            // What is known is not enough to delete a volume: survivors are told to stop first.
+            draft.row.life = Life::Stopping;
+        }
+        life::reconsider(draft);
+    }
+    Ok(())
+}
+
+fn move_to(draft: &mut Draft, order: Move) -> Result<(), Denied> {
+    let row = &draft.row;
+    if let Some(migration) = &row.migration {
+        if migration.id == order.migration && migration.role == Role::Source {
+            return Ok(());
+        }
+        let is_farewell = migration.role == Role::Source && migration.phase == Phase::Unwinding && migration.local_done;
+        if !migration.phase.is_over() && !is_farewell {
+            return busy(match migration.role {
+                Role::Source => {
+                    format!("migration {} to {} is under way: {}", migration.id, migration.peer, migration.phase.name())
+                }
+                Role::Destination => format!(
+                    "this machine is not whole here yet ({} from {} is {}): wait until it is over",
+                    migration.id,
+                    migration.peer,
+                    migration.phase.name()
+                ),
+            });
+        }
+    }
+    let State::Active { epoch } = row.state else { return Err(not_owner(row)) };
+    if order.to == row.worker {
+        return Err(Denied::Senseless { reason: format!("{} has this machine already", row.worker) });
+    }
+    if let Some((seen, by)) = &row.veto {
+        return busy(format!("{by} claims this machine at epoch {seen}, above {epoch}: make sure who has it first"));
+    }
+    if row.desired == Desired::Removed {
+        return busy("this machine is being removed".to_owned());
+    }
+    source::begin(draft, order, epoch);
+    Ok(())
+}
+
+fn cancel(draft: &mut Draft, id: &MigrationId) -> Result<(), Denied> {
+    match &draft.row.migration {
+        Some(migration) if migration.id == *id => match (migration.phase, migration.role) {
+            (Phase::Verified, _) | (Phase::Cleaned, _) if migration.accepted => Err(Denied::UseUndo {
+                migration: id.clone(),
+                to: if migration.role == Role::Source { migration.peer.clone() } else { draft.row.worker.clone() },
+            }),
+            (phase, _) if phase.is_over() => {
+                Err(Denied::Over { migration: id.clone(), phase: phase.name().to_owned() })
+            }
+            (_, Role::Source) => source::cancel(draft),
+            (_, Role::Destination) => destination::cancel(draft),
+        },
+        _ => Err(Denied::Unknown { migration: id.clone() }),
+    }
+}
+
+fn forget_origin(draft: &mut Draft) -> Result<(), Denied> {
+    match draft.migration_as(Role::Destination).map(|migration| migration.phase) {
+        Some(Phase::Verified) => {
+            destination::clean(draft);
+            Ok(())
+        }
+        Some(phase) if phase >= Phase::Granted && phase < Phase::Verified => Err(Denied::Busy {
+            reason: "blocks of this machine's volume are still missing here: without its origin it is not whole"
+                .to_owned(),
+        }),
+        _ => Err(Denied::Senseless { reason: "no origin waits for a word from here".to_owned() }),
+    }
+}
+
+/// Whatever is stuck or waits for its time: now.
+fn retry(draft: &mut Draft) {
+    if draft.row.veto.is_none() && draft.row.wait.take().is_some() {
+        draft.drive_life();
+    }
+    let is_waiting = |wait: &crate::wait::Wait| wait.severity != Severity::Waiting || wait.retry_ms.is_some();
+    if draft.row.migration.as_ref().and_then(|migration| migration.wait.as_ref()).is_some_and(is_waiting)
+        && let Some(phase) = draft.row.migration.as_ref().map(|migration| migration.phase)
+    {
+        draft.enter(phase);
+        source::restarted(draft);
+        destination::restarted(draft);
+        draft.drive_migration();
+    }
+}
+
+fn free_copy(draft: &mut Draft) -> Result<(), Denied> {
+    let now_ms = draft.now_ms;
+    if draft.row.migration.as_ref().is_some_and(|migration| !migration.phase.is_over()) {
+        return busy("the copy is still in use: wait until the migration is over".to_owned());
+    }
+    let Some(copy) = &mut draft.row.copy else {
+        return Err(Denied::Senseless { reason: "no sealed copy of this machine is kept here".to_owned() });
+    };
+    copy.expires_ms = copy.expires_ms.min(now_ms);
+    draft.row.wait = None;
+    crate::step::expire(draft);
+    Ok(())
+}
+
+fn clear_veto(draft: &mut Draft) -> Result<(), Denied> {
+    let Some((seen, _)) = draft.row.veto.take() else {
+        return Err(Denied::Senseless { reason: "nobody claims this machine at a higher epoch".to_owned() });
+    };
+    draft.row.wait = None;
+    if let State::Active { epoch } = &mut draft.row.state {
+        // The highest epoch is the owner's: say so, should the other claim turn up again.
+        let above = seen.max(draft.row.top.epoch).next();
+        *epoch = above;
+        draft.row.top = Top { epoch: above, answer: None };
+        if draft.row.life == Life::Starting {
+            draft.row.life = Life::Down;
+        }
+    }
+    life::reconsider(draft);
+    Ok(())
+}
