@@ -34,9 +34,8 @@ impl Agent {
 
     /// Orders a thing.
     pub(crate) fn post<T: DeserializeOwned>(&mut self, path: &str, request: &impl Serialize) -> Result<T, Failure> {
-        let body = serde_json::to_vec(request).map_err(|error| {
-            Failure::usage("request cannot be written", error, "report this as a bug of decant")
-        })?;
+        let body = serde_json::to_vec(request)
+            .map_err(|error| Failure::usage("request cannot be written", error, "report this as a bug of decant"))?;
         self.ask("POST", path, &body)
     }
 

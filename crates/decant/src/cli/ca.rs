@@ -60,7 +60,9 @@ fn failure(error: CaError) -> Failure {
     let fix = match &error {
         CaError::File { .. } => "check the directory and its permissions; --ca and --dir name others",
         CaError::Exists { .. } => "name another directory with --dir",
-        CaError::Certificate(_) => "check that ca.pem and ca.key belong together; `decant ca init` makes new ones elsewhere",
+        CaError::Certificate(_) => {
+            "check that ca.pem and ca.key belong together; `decant ca init` makes new ones elsewhere"
+        }
     };
     let cause = match std::error::Error::source(&error) {
         Some(source) => format!("{error}: {source}"),

@@ -129,8 +129,10 @@ fn cgroup2() -> Check {
     };
     let at = mount.display();
     let controllers = std::fs::read_to_string(mount.join("cgroup.controllers")).unwrap_or_default();
-    let absent: Vec<&str> =
-        ["memory", "cpu", "pids"].into_iter().filter(|name| !controllers.split_whitespace().any(|c| c == *name)).collect();
+    let absent: Vec<&str> = ["memory", "cpu", "pids"]
+        .into_iter()
+        .filter(|name| !controllers.split_whitespace().any(|c| c == *name))
+        .collect();
     if absent.is_empty() {
         ok("cgroup2", format!("{at}, with limits"))
     } else {
@@ -192,7 +194,11 @@ fn cipher() -> Check {
     if flags.split_whitespace().any(|flag| flag == "aes") {
         ok("cipher", "AES in hardware")
     } else {
-        limited("cipher", "AES in software: volumes cost a lot of processor time", "use a processor with AES instructions")
+        limited(
+            "cipher",
+            "AES in software: volumes cost a lot of processor time",
+            "use a processor with AES instructions",
+        )
     }
 }
 

@@ -36,9 +36,12 @@ struct StartArgs {
     /// Only show places, bytes, time and every blocker.
     #[arg(long)]
     plan: bool,
-    /// Only to this worker; repeatable.
+    /// Only to this worker.
     #[arg(long, value_name = "WORKER")]
-    to: Vec<WorkerId>,
+    to: Option<WorkerId>,
+    /// Move what can move even if other machines are blocked.
+    #[arg(long)]
+    partial: bool,
     /// Machines that move at the same time.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     max: Option<u32>,
@@ -106,8 +109,8 @@ pub(crate) fn run(args: DrainArgs, global: &Global) -> Result<Exit, Failure> {
 }
 
 fn start(agent: &mut super::Agent, args: StartArgs, global: &Global) -> Result<Exit, Failure> {
-    let StartArgs { workers, plan, to, max, reason, detach, deadline, id } = args;
-    let request = CreateDrain { drain: id, workers, plan_only: plan, to, max, reason, deadline_ms: deadline };
+    let StartArgs { workers, plan, to, partial, max, reason, detach, deadline, id } = args;
+    let request = CreateDrain { drain: id, workers, plan_only: plan, to, partial, max, reason, deadline_ms: deadline };
     let drain: Drain = agent.post("/v1/drains", &request)?;
     if plan {
         show(global.output, &drain, text);
@@ -121,7 +124,8 @@ fn start(agent: &mut super::Agent, args: StartArgs, global: &Global) -> Result<E
 
 fn plan_line(drain: &Drain) -> String {
     let count = drain.machines.len();
-    let total: u64 = drain.machines.iter().filter_map(|machine| machine.planned.as_ref()).map(|plan| plan.bytes.0).sum();
+    let total: u64 =
+        drain.machines.iter().filter_map(|machine| machine.planned.as_ref()).map(|plan| plan.bytes.0).sum();
     let machines = if count == 1 { "machine" } else { "machines" };
     format!("{count} {machines}, {} allocated", bytes(total))
 }
@@ -149,7 +153,8 @@ pub(crate) fn text(drain: &Drain) -> String {
         ("drained", drain.drained_ms.map(|ms| format!("after {}", duration(ms))).unwrap_or_default()),
         ("deadline", drain.deadline_at_ms.map(moment).unwrap_or_default()),
     ]);
-    let machines = if drain.phase == DrainPhase::Planned { plan_lines(drain) } else { progress::drain_machine_lines(drain) };
+    let machines =
+        if drain.phase == DrainPhase::Planned { plan_lines(drain) } else { progress::drain_machine_lines(drain) };
     for line in machines {
         text.push_str(&format!("\n  {line}"));
     }

@@ -220,7 +220,8 @@ pub(crate) fn run(command: Command, global: &Global) -> Result<Exit, Failure> {
             let listing: Listing<Machine> = agent.get(&path::machines(Scope::Fleet))?;
             show(global.output, &listing, |listing| {
                 let rows = listing.items.iter().map(row).collect();
-                let list = table(["MACHINE", "WORKER", "STATE", "EPOCH", "ADDRESS", "VOLUME", "NOTE"], rows, "no machines");
+                let list =
+                    table(["MACHINE", "WORKER", "STATE", "EPOCH", "ADDRESS", "VOLUME", "NOTE"], rows, "no machines");
                 listing.unreachable.iter().fold(list, |list, worker| format!("{list}\n({worker} did not answer)"))
             });
         }

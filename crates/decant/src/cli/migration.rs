@@ -29,7 +29,9 @@ pub(crate) enum Command {
         migration: MigrationId,
     },
     /// Change a running migration: rate limit, and what reads of missing blocks get while the origin is away.
-    #[command(after_help = "Examples:\n  decant migration set m-1 --rate 50MiB\n  decant migration set m-1 --rate 0 --policy eio")]
+    #[command(
+        after_help = "Examples:\n  decant migration set m-1 --rate 50MiB\n  decant migration set m-1 --rate 0 --policy eio"
+    )]
     Set {
         /// Which.
         migration: MigrationId,
@@ -120,7 +122,10 @@ pub(crate) fn text(migration: &Migration) -> String {
         ("waits for", migration.why.as_ref().map(|why| format!("{}; {}", why.reason, why.clears)).unwrap_or_default()),
         ("drain", migration.drain.as_ref().map(ToString::to_string).unwrap_or_default()),
         ("live data", progress.map(progress::amount).unwrap_or_default()),
-        ("exposure", progress.map(|progress| progress::exposure(progress.exposure_bytes, &migration.source)).unwrap_or_default()),
+        (
+            "exposure",
+            progress.map(|progress| progress::exposure(progress.exposure_bytes, &migration.source)).unwrap_or_default(),
+        ),
         ("steps", timings(&migration.timings)),
         ("started", moment(migration.started_at_ms)),
         ("ended", migration.ended_at_ms.map(moment).unwrap_or_default()),

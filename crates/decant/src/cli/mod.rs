@@ -22,6 +22,7 @@ use clap::{Args, Parser, Subcommand};
 pub(crate) use agent::Agent;
 pub(crate) use failure::{Exit, Failure};
 use output::Output;
+pub(crate) use watch::interrupts;
 
 /// Where an agent's socket is unless it is said otherwise.
 const DEFAULT_SOCKET: &str = "/run/decant/agent.sock";
@@ -85,6 +86,8 @@ pub(crate) enum Verb {
     Ca(ca::Command),
     /// Whether this machine can be a worker.
     Doctor(doctor::DoctorArgs),
+    /// See one real drain happen on this machine, and every acknowledged write checked.
+    Demo(Box<crate::demo::DemoArgs>),
     /// The machine that the demo moves: an order service.
     #[command(hide = true)]
     DemoOrders(crate::demo::orders::OrdersArgs),
@@ -105,6 +108,7 @@ pub(crate) fn main() -> ExitCode {
         Verb::Why(args) => why::run(&args, &global),
         Verb::Ca(command) => ca::run(&command, &global),
         Verb::Doctor(args) => doctor::run(&args, &global),
+        Verb::Demo(args) => return crate::demo::main(&args).into(),
         Verb::DemoOrders(args) => return crate::demo::orders::main(&args),
     };
     match result {
@@ -165,7 +169,10 @@ mod tests {
 
     #[test]
     fn durations_read_as_people_write_them() {
-        assert_eq!(["500ms", "90s", "10m", "2h", "1d"].map(parse_duration), [500, 90_000, 600_000, 7_200_000, 86_400_000].map(Ok));
+        assert_eq!(
+            ["500ms", "90s", "10m", "2h", "1d"].map(parse_duration),
+            [500, 90_000, 600_000, 7_200_000, 86_400_000].map(Ok)
+        );
         for text in ["", "10", "s", "-1s", "1.5h", "99999999999999999999d", "1w"] {
             assert!(parse_duration(text).is_err(), "{text}");
         }

@@ -89,7 +89,10 @@ pub(crate) fn drain_machine_lines(drain: &Drain) -> Vec<String> {
         let phase = machine.phase.map_or_else(|| "waiting".to_owned(), |phase| word(&phase));
         line.push_str(&format!("  {phase}"));
         if machine.bytes_total > 0 {
-            line.push_str(&format!(", {}", moved(machine.bytes_done, machine.bytes_total, machine.rate_bytes_per_s, None)));
+            line.push_str(&format!(
+                ", {}",
+                moved(machine.bytes_done, machine.bytes_total, machine.rate_bytes_per_s, None)
+            ));
         }
         if let Some(why) = &machine.why {
             line.push_str(&format!(", waits: {}", why.reason));

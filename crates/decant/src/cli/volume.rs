@@ -87,7 +87,8 @@ fn row(volume: &Volume) -> [String; 7] {
 
 /// What is special about a copy, in a few words.
 fn note(volume: &Volume) -> String {
-    if let Some(problem) = volume.problem.as_ref().or(volume.status.as_ref().and_then(|status| status.failed.as_ref())) {
+    if let Some(problem) = volume.problem.as_ref().or(volume.status.as_ref().and_then(|status| status.failed.as_ref()))
+    {
         return problem.clone();
     }
     if let Some(sealed) = &volume.sealed {
@@ -119,7 +120,10 @@ fn text(volume: &Volume) -> String {
         ("machine", volume.machine.as_ref().map(ToString::to_string).unwrap_or_default()),
         ("size", format!("{}, sectors of {}", geometry.size, geometry.sector_size)),
         ("allocated", status.allocated.to_string()),
-        ("cipher", format!("{}, {}-bit key, LUKS2 header {}", geometry.cipher, geometry.key_bytes * 8, status.header_bytes)),
+        (
+            "cipher",
+            format!("{}, {}-bit key, LUKS2 header {}", geometry.cipher, geometry.key_bytes * 8, status.header_bytes),
+        ),
         ("epoch", status.epoch.to_string()),
         ("device", status.device.as_ref().map(|device| device.display().to_string()).unwrap_or_default()),
         ("note", note(volume)),

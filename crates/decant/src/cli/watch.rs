@@ -82,7 +82,8 @@ impl Watched for Drain {
     }
 
     fn gist(&self) -> String {
-        let machines: Vec<String> = self.machines.iter().map(|m| format!("{:?}{:?}{:?}", m.machine, m.phase, m.why)).collect();
+        let machines: Vec<String> =
+            self.machines.iter().map(|m| format!("{:?}{:?}{:?}", m.machine, m.phase, m.why)).collect();
         format!("{:?} {machines:?}", self.phase)
     }
 
@@ -123,7 +124,7 @@ fn follow<T: Watched>(
     hint: &str,
 ) -> Result<Option<T>, Failure> {
     let mut screen = Screen::new(global.output);
-    let interrupts = interrupts()?;
+    let interrupts = interrupts().map_err(|error| Failure::local("cannot watch", error, "use --detach"))?;
     let mut failures = 0;
     loop {
         screen.draw(&thing);
@@ -151,14 +152,13 @@ fn follow<T: Watched>(
 }
 
 /// A message for each Ctrl-C or SIGTERM.
-fn interrupts() -> Result<mpsc::Receiver<()>, Failure> {
-    let failed = |error: std::io::Error| Failure::local("cannot watch", error, "use --detach");
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(failed)?;
+pub(crate) fn interrupts() -> std::io::Result<mpsc::Receiver<()>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
     let (sender, receiver) = mpsc::channel();
     let mut signals = {
         use tokio::signal::unix::{SignalKind, signal};
         let _inside = runtime.enter();
-        (signal(SignalKind::interrupt()).map_err(failed)?, signal(SignalKind::terminate()).map_err(failed)?)
+        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
     };
     std::thread::spawn(move || {
         runtime.block_on(async {

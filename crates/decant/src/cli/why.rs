@@ -77,7 +77,7 @@ fn known(kind: &'static str, subject: String, worker: String, reason: String, cl
 }
 
 fn of_worker(worker: &Worker) -> Option<Wait> {
-    use decant_api::WorkerState::{Cordoned, Draining, Drained, Evacuated, Ready, Unreachable};
+    use decant_api::WorkerState::{Cordoned, Drained, Draining, Evacuated, Ready, Unreachable};
     let name = worker.worker.to_string();
     let because = worker.reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
     let (reason, clears) = match worker.state {
@@ -115,7 +115,9 @@ fn of_volume(volume: &Volume) -> Option<Wait> {
     if !clone.connected {
         return about(format!("its origin {} does not answer", clone.origin), "the origin is reached again");
     }
-    (!clone.hindrance.is_empty()).then(|| about(clone.hindrance.clone(), "the limit is lifted or the origin speeds up")).flatten()
+    (!clone.hindrance.is_empty())
+        .then(|| about(clone.hindrance.clone(), "the limit is lifted or the origin speeds up"))
+        .flatten()
 }
 
 fn text(wait: &Wait) -> String {

@@ -15,9 +15,9 @@ use std::time::Duration;
 
 use anyhow::Context;
 
-use crate::http::{Address, Connection};
 use super::ledger::Acknowledged;
 use super::store::{self, NewOrder, Order};
+use crate::http::{Address, Connection};
 
 /// From one acknowledgement to the next write: fine enough to time a gap to a few milliseconds, and half a
 /// core is left for the workers.
@@ -44,8 +44,10 @@ pub(crate) struct LoadOptions {
     pub(crate) address: SocketAddr,
     /// Rows 1 to this are the filling's and are read at random; 0 reads nothing.
     pub(crate) filled: i64,
-    /// Prefix of keys and references, unique to this client.
+    /// Prefix of keys and references.
     pub(crate) prefix: String,
+    /// The number of the first order, beyond those of earlier clients of the same prefix.
+    pub(crate) first: u64,
 }
 
 /// One read: when it began and what it took, in nanoseconds.
@@ -59,7 +61,7 @@ pub(crate) struct Read {
 #[derive(Debug, Default)]
 pub(crate) struct Log {
     pub(crate) acknowledged: Vec<Acknowledged>,
-    /// References used, acknowledged or not.
+    /// The number after the last one used, acknowledged or not.
     pub(crate) sent: u64,
     pub(crate) reads: Vec<Read>,
     /// Reads whose try failed; they were repeated.
@@ -70,11 +72,21 @@ pub(crate) struct Log {
     pub(crate) wrong_example: Option<String>,
 }
 
+impl Log {
+    /// Adds what a later client saw.
+    pub(crate) fn append(&mut self, later: Log) {
+        self.acknowledged.extend(later.acknowledged);
+        self.sent = later.sent;
+        self.reads.extend(later.reads);
+        self.failed_reads += later.failed_reads;
+        self.wrong_reads += later.wrong_reads;
+        self.wrong_example = self.wrong_example.take().or(later.wrong_example);
+    }
+}
+
 #[derive(Debug, Default)]
 struct Shared {
     stop: AtomicBool,
-    pause_writes: AtomicBool,
-    writes_paused: AtomicBool,
     acknowledged: AtomicU64,
     reads: AtomicU64,
 }
@@ -91,10 +103,10 @@ impl Load {
     /// Starts writer and reader.
     pub(crate) fn start(options: LoadOptions) -> anyhow::Result<Self> {
         let shared = Arc::new(Shared::default());
-        let LoadOptions { namespace, address, filled, prefix } = options;
+        let LoadOptions { namespace, address, filled, prefix, first } = options;
         let mut load = Self { shared: Arc::clone(&shared), writer: None, reader: None };
         let (inside, of) = (namespace.try_clone().context("copying the namespace's descriptor")?, Arc::clone(&shared));
-        load.writer = Some(spawn("client-writer", inside, move || write(&of, address, &prefix))?);
+        load.writer = Some(spawn("client-writer", inside, move || write(&of, address, &prefix, first))?);
         if filled > 0 {
             load.reader = Some(spawn("client-reader", namespace, move || read(&shared, address, filled))?);
         }
@@ -111,15 +123,9 @@ impl Load {
         self.shared.reads.load(Ordering::Relaxed)
     }
 
-    /// Holds writes back, or lets them go on. While they are held nothing is in flight once [`Self::writes_are_held`].
-    pub(crate) fn hold_writes(&self, hold: bool) {
-        self.shared.writes_paused.store(false, Ordering::SeqCst);
-        self.shared.pause_writes.store(hold, Ordering::SeqCst);
-    }
-
-    /// Whether a hold has taken effect.
-    pub(crate) fn writes_are_held(&self) -> bool {
-        self.shared.writes_paused.load(Ordering::SeqCst)
+    /// Whether it reads too.
+    pub(crate) fn has_reader(&self) -> bool {
+        self.reader.is_some()
     }
 
     /// Ends both and gives what they saw. A write in flight is given up and counts as sent, not acknowledged.
@@ -168,15 +174,10 @@ fn spawn(
         .context("starting the client's thread")
 }
 
-fn write(shared: &Shared, address: SocketAddr, prefix: &str) -> anyhow::Result<Log> {
-    let mut log = Log::default();
+fn write(shared: &Shared, address: SocketAddr, prefix: &str, first: u64) -> anyhow::Result<Log> {
+    let mut log = Log { sent: first, ..Log::default() };
     let mut connection = Connection::new(Address::Tcp(address), TRY);
     while !shared.stop.load(Ordering::Relaxed) {
-        if shared.pause_writes.load(Ordering::SeqCst) {
-            shared.writes_paused.store(true, Ordering::SeqCst);
-            std::thread::sleep(WRITE_PACE);
-            continue;
-        }
         let n = log.sent;
         log.sent += 1;
         let reference = format!("{prefix}{n}");
@@ -198,7 +199,15 @@ fn write(shared: &Shared, address: SocketAddr, prefix: &str) -> anyhow::Result<L
                     }
                     let NewOrder { reference, quantity, .. } = order;
                     let id = stored.id;
-                    log.acknowledged.push(Acknowledged { key, reference, quantity, id, sent_ns, acknowledged_ns, tries });
+                    log.acknowledged.push(Acknowledged {
+                        key,
+                        reference,
+                        quantity,
+                        id,
+                        sent_ns,
+                        acknowledged_ns,
+                        tries,
+                    });
                     shared.acknowledged.fetch_add(1, Ordering::Relaxed);
                     break;
                 }
@@ -226,7 +235,10 @@ fn read(shared: &Shared, address: SocketAddr, filled: i64) -> anyhow::Result<Log
                 if !same {
                     log.wrong_reads += 1;
                     log.wrong_example.get_or_insert_with(|| {
-                        format!("order {id} was read as {:?}", String::from_utf8_lossy(&answer.body).chars().take(200).collect::<String>())
+                        format!(
+                            "order {id} was read as {:?}",
+                            String::from_utf8_lossy(&answer.body).chars().take(200).collect::<String>()
+                        )
                     });
                 }
                 shared.reads.fetch_add(1, Ordering::Relaxed);

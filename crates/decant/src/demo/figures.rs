@@ -67,7 +67,8 @@ pub(crate) fn read_phases(reads: &[Read], before_from_ns: u64, gap: Gap, hydrate
         let inside = reads.iter().filter(|read| read.at_ns >= from && read.at_ns + read.took_ns <= to);
         inside.map(|read| read.took_ns / 1_000).collect()
     };
-    let mut phases = [within(before_from_ns, gap.from_ns), within(gap.to_ns, hydrated_ns), within(hydrated_ns, u64::MAX)];
+    let mut phases =
+        [within(before_from_ns, gap.from_ns), within(gap.to_ns, hydrated_ns), within(hydrated_ns, u64::MAX)];
     let mut at = |p: f64| {
         let [before, hydrating, after] = &mut phases;
         Phases { before: percentile(before, p), hydrating: percentile(hydrating, p), after: percentile(after, p) }

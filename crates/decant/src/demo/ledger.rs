@@ -87,7 +87,10 @@ pub(crate) fn compare(acknowledged: &[Acknowledged], rows: &[Row], prefix: &str,
             verdict.lost += 1;
             verdict.note(|| match found.first() {
                 None => format!("order {:?} was acknowledged as row {} and is not there", write.reference, write.id),
-                Some(row) => format!("order {:?} was acknowledged as row {} and is another in row {}", write.reference, write.id, row.id),
+                Some(row) => format!(
+                    "order {:?} was acknowledged as row {} and is another in row {}",
+                    write.reference, write.id, row.id
+                ),
             });
         }
     }
@@ -109,7 +112,8 @@ pub(crate) fn read_rows(database: &Path, prefix: &str) -> anyhow::Result<Vec<Row
         .query_row("PRAGMA integrity_check", [], |row| row.get(0))
         .context("running SQLite's integrity check")?;
     anyhow::ensure!(check == "ok", "SQLite's integrity check of {} says: {check}", database.display());
-    let mut statement = connection.prepare("SELECT id, key, reference, quantity FROM orders WHERE reference GLOB ?1 || '*'")?;
+    let mut statement =
+        connection.prepare("SELECT id, key, reference, quantity FROM orders WHERE reference GLOB ?1 || '*'")?;
     let rows = statement.query_map([prefix], |row| {
         Ok(Row { id: row.get(0)?, key: row.get(1)?, reference: row.get(2)?, quantity: row.get(3)? })
     })?;

@@ -83,10 +83,14 @@ fn serve(args: &OrdersArgs) -> anyhow::Result<()> {
         let listener = tokio::net::TcpListener::bind(args.listen)
             .await
             .with_context(|| format!("listening at {}", args.listen))?;
-        let server = axum::serve(axum::serve::ListenerExt::tap_io(listener, |stream| {
-            // An answer is one small packet; waiting for more to send with it only delays it.
-            let _ = stream.set_nodelay(true);
-        }), router(Arc::clone(&store)));
+        crate::cli::output::print(&format!("order service: listening at {}", listener.local_addr()?));
+        let server = axum::serve(
+            axum::serve::ListenerExt::tap_io(listener, |stream| {
+                // An answer is one small packet; waiting for more to send with it only delays it.
+                let _ = stream.set_nodelay(true);
+            }),
+            router(Arc::clone(&store)),
+        );
         tokio::select! {
             result = server => result.context("serving"),
             _ = terminate.recv() => Ok(()),

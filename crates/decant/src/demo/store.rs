@@ -105,11 +105,9 @@ const MEMORY: &str = "file:orders?mode=memory&cache=shared";
 impl Store {
     /// Opens an existing database.
     pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
-        let connection = Connection::open_with_flags(
-            path,
-            OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX,
-        )
-        .map_err(failed("opening the database"))?;
+        let connection =
+            Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX)
+                .map_err(failed("opening the database"))?;
         prepare(&connection, true)?;
         Ok(Self::run(connection, Some(path.to_owned())))
     }
@@ -177,9 +175,8 @@ impl Store {
 
     /// The highest row, 0 for none.
     pub(crate) fn last_id(&self) -> Result<i64, StoreError> {
-        self.readers.with(|connection| {
-            connection.query_row("SELECT coalesce(max(id), 0) FROM orders", [], |row| row.get(0))
-        })
+        self.readers
+            .with(|connection| connection.query_row("SELECT coalesce(max(id), 0) FROM orders", [], |row| row.get(0)))
     }
 
     /// Ends the writer: what is committed stays, the log is folded into the database if no reader holds it for
@@ -206,10 +203,9 @@ impl Readers {
 
     fn connect(&self) -> Result<Connection, StoreError> {
         let opened = match &self.path {
-            Some(path) => Connection::open_with_flags(
-                path,
-                OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX,
-            ),
+            Some(path) => {
+                Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX)
+            }
             None => Connection::open(MEMORY),
         };
         let connection = opened.map_err(failed("opening the database for reading"))?;
@@ -260,7 +256,8 @@ fn write(mut connection: Connection, inbox: &mpsc::Receiver<Request>) {
 fn commit(connection: &mut Connection, group: Vec<(String, NewOrder, oneshot::Sender<Answer>)>) {
     let result = (|| {
         let transaction = connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
-        let rows = group.iter().map(|(key, order, _)| upsert(&transaction, key, order)).collect::<Result<Vec<_>, _>>()?;
+        let rows =
+            group.iter().map(|(key, order, _)| upsert(&transaction, key, order)).collect::<Result<Vec<_>, _>>()?;
         transaction.commit()?;
         Ok(rows)
     })();

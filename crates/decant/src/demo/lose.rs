@@ -1,0 +1,377 @@
+//! Losing a worker for good while blocks are still on their way.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use decant_api::{
+    Machine, MachineState, Migration, MigrationPhase, MigrationSettings, MoveMachine, RecoveryPoint, path,
+};
+use decant_base::{Bytes, MigrationId};
+use decant_dataplane::{CloneStatus, MissingPolicy};
+use serde::Serialize;
+
+use super::client::{Load, Log, monotonic_ns};
+use super::figures::longest_gap;
+use super::stage::{ORDERS, Stage, VOLUME, machine_id, refused};
+use super::{DemoArgs, Interrupt, main_job, say};
+use crate::cli::Exit;
+use crate::cli::output::{bytes, moment};
+
+/// Slow enough that most of the volume is still at the source when the worker is lost.
+const RATE: Bytes = Bytes::mib(8);
+/// How long each policy is watched.
+const WATCH: Duration = Duration::from_secs(2);
+/// How long anything may take that should come soon.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Writes that the client gets acknowledged before and after the move.
+const SAMPLES: u64 = 200;
+/// Missing blocks that are read directly from the device.
+const PROBES: usize = 64;
+const BLOCK: u64 = decant_base::BLOCK;
+
+/// What one policy did with missing blocks.
+#[derive(Debug, Clone, Serialize)]
+struct Case {
+    policy: &'static str,
+    /// The machine's state as the API names it.
+    machine: MachineState,
+    /// Bytes that are nowhere any more.
+    missing_bytes: u64,
+    /// Runs of missing blocks that the API lists.
+    missing_ranges: usize,
+    /// Missing blocks that a read returned as anything at all. Must be 0.
+    zero_reads: u64,
+    /// Direct reads of missing blocks that were tried.
+    probed: u64,
+    /// Of these, those that waited.
+    waited: u64,
+    /// Of these, those that failed with an error.
+    failed: u64,
+    /// Writes that the service acknowledged meanwhile.
+    writes_acknowledged: u64,
+}
+
+/// The report of `--lose-source`.
+#[derive(Debug, Serialize)]
+struct SourceLost {
+    missing_bytes: u64,
+    zero_reads: u64,
+    policy: &'static str,
+    cases: Vec<Case>,
+    /// Whether the machine could be stopped while blocks were missing.
+    stopped: bool,
+}
+
+/// `--lose-source`.
+pub(crate) fn source(args: &DemoArgs, interrupt: &Interrupt) -> anyhow::Result<Exit> {
+    let mut stage = Stage::set(args, interrupt)?;
+    let (load, migration) = half_moved(&stage)?;
+    say("worker-1 burns down: cut off, killed, its files removed");
+    stage.site.lose(1)?;
+    let mut cases = vec![wait_case(&stage, &load)?];
+    say(cases[0].text());
+    set(&stage, &migration, MigrationSettings { policy: Some(MissingPolicy::Eio), ..Default::default() })?;
+    cases.push(eio_case(&stage, &load)?);
+    say(cases[1].text());
+    let began = Instant::now();
+    stage.machine_action(2, ORDERS, "stop").context("stopping a machine with missing blocks")?;
+    say(format_args!("the machine could be stopped, in {} ms", began.elapsed().as_millis()));
+    let log = load.finish()?;
+    let wrong: u64 = cases.iter().map(|case| case.zero_reads).sum::<u64>() + log.wrong_reads;
+    let report = SourceLost {
+        missing_bytes: cases.iter().map(|case| case.missing_bytes).max().unwrap_or(0),
+        zero_reads: wrong,
+        policy: "wait, then eio",
+        cases,
+        stopped: true,
+    };
+    if let Some(path) = &args.report {
+        main_job::write_json(path, &report)?;
+    }
+    let good = wrong == 0
+        && report.cases.iter().all(|case| case.missing_bytes > 0 && case.missing_ranges > 0 && case.probed > 0)
+        && report.cases.iter().all(|case| case.machine == MachineState::Running)
+        && report.cases[0].waited == report.cases[0].probed
+        && report.cases[1].failed == report.cases[1].probed;
+    say(if good { "\nResult: no missing block was invented" } else { "\nResult: NOT AS PROMISED" });
+    if let Some(example) = log.wrong_example {
+        say(format_args!("  ! {example}"));
+    }
+    main_job::finish(stage)?;
+    Ok(if good { Exit::Done } else { Exit::Error })
+}
+
+impl Case {
+    fn text(&self) -> String {
+        format!(
+            "policy {}: the machine is {}; {} in {} ranges are missing; of {} direct reads of missing blocks {} waited, {} failed, \
+             {} returned something; {} writes were acknowledged meanwhile",
+            self.policy,
+            crate::cli::output::word(&self.machine),
+            bytes(self.missing_bytes),
+            self.missing_ranges,
+            self.probed,
+            self.waited,
+            self.failed,
+            self.zero_reads,
+            self.writes_acknowledged
+        )
+    }
+}
+
+/// Starts everything and moves the machine so far that it serves at worker-2 while most blocks are at worker-1.
+fn half_moved(stage: &Stage<'_>) -> anyhow::Result<(Load, MigrationId)> {
+    stage.create_volume(1, VOLUME)?;
+    stage.run_orders(1, ORDERS, Some(VOLUME))?;
+    let load = stage.orders_load(0)?;
+    stage.wait_load(&load, SAMPLES, PATIENCE)?;
+    say(format_args!("the order service moves from worker-1 to worker-2, its volume filling at {RATE}/s"));
+    let request = MoveMachine {
+        to: Some(stage.site.worker(2).name.clone()),
+        reason: "demo: a worker will be lost".to_owned(),
+        ..MoveMachine::default()
+    };
+    let at = path::machine_action(&machine_id(ORDERS), "move");
+    let moving: Migration = stage.site.worker(1).agent().post(&at, &request).map_err(refused("moving the machine"))?;
+    slow_down(stage, &moving.migration)?;
+    let mut agent = stage.site.worker(2).agent();
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let seen: Migration =
+            agent.get(&path::migration(&moving.migration)).map_err(refused("looking at the migration"))?;
+        if seen.phase >= MigrationPhase::Hydrating {
+            ensure!(seen.phase == MigrationPhase::Hydrating, "the move is {:?} already: {:?}", seen.phase, seen.why);
+            break;
+        }
+        ensure!(Instant::now() < deadline, "the move does not get anywhere: {:?} {:?}", seen.phase, seen.why);
+        stage.interrupt.sleep(Duration::from_millis(5))?;
+    }
+    let writes = load.acknowledged() + SAMPLES;
+    while load.acknowledged() < writes {
+        ensure!(Instant::now() < deadline, "the client is not served at worker-2");
+        stage.interrupt.sleep(Duration::from_millis(5))?;
+    }
+    Ok((load, moving.migration))
+}
+
+/// Limits the rate as soon as the destination knows the migration.
+fn slow_down(stage: &Stage<'_>, migration: &MigrationId) -> anyhow::Result<()> {
+    let settings = MigrationSettings { rate: Some(RATE), ..MigrationSettings::default() };
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match set(stage, migration, settings) {
+            Ok(()) => return Ok(()),
+            Err(error) if Instant::now() > deadline => return Err(error),
+            Err(_) => stage.interrupt.sleep(Duration::from_millis(2))?,
+        }
+    }
+}
+
+fn set(stage: &Stage<'_>, migration: &MigrationId, settings: MigrationSettings) -> anyhow::Result<()> {
+    let mut agent = stage.site.worker(2).agent();
+    let _: Migration =
+        agent.post(&path::migration_settings(migration), &settings).map_err(refused("changing the migration"))?;
+    Ok(())
+}
+
+fn machine_state(stage: &Stage<'_>) -> anyhow::Result<MachineState> {
+    let mut agent = stage.site.worker(2).agent();
+    let seen: Machine = agent.get(&path::machine(&machine_id(ORDERS))).map_err(refused("looking at the machine"))?;
+    Ok(seen.state)
+}
+
+fn clone_status(stage: &Stage<'_>) -> anyhow::Result<(CloneStatus, std::path::PathBuf)> {
+    let status = stage.volume_status(2, VOLUME)?;
+    let device = status.device.context("the volume has no device")?;
+    Ok((status.clone.context("the volume is no clone any more: it filled before the loss")?, device))
+}
+
+/// Missing blocks, spread over all of the missing ranges.
+fn probes(clone: &CloneStatus) -> Vec<u64> {
+    let ranges: Vec<_> = clone.missing.iter().collect();
+    let step = ranges.len().div_ceil(PROBES).max(1);
+    // Offsets of missing ranges are bytes; the middle of a range is as missing as its ends.
+    ranges.iter().step_by(step).map(|range| (range.start + range.length / 2) / BLOCK * BLOCK).collect()
+}
+
+/// One direct read of a block by a process of its own, which may wait for ever.
+fn read_block(device: &Path, offset: u64) -> anyhow::Result<Child> {
+    let child = Command::new("dd")
+        .arg(format!("if={}", device.display()))
+        .args(["of=/dev/null", "iflag=direct", "bs=4096", "count=1"])
+        .arg(format!("skip={}", offset / BLOCK))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn();
+    child.context("running dd")
+}
+
+/// Under `wait`, a read of a missing block neither returns nor fails.
+fn wait_case(stage: &Stage<'_>, load: &Load) -> anyhow::Result<Case> {
+    let written = load.acknowledged();
+    stage.interrupt.sleep(WATCH)?;
+    let (clone, device) = clone_status(stage)?;
+    // A few: each waiting read holds a tag of the loop device.
+    let offsets: Vec<u64> = probes(&clone).into_iter().step_by(8).take(8).collect();
+    let mut readers = offsets.iter().map(|offset| read_block(&device, *offset)).collect::<Result<Vec<_>, _>>()?;
+    let result = stage.interrupt.sleep(WATCH);
+    let (mut waited, mut failed, mut returned) = (0, 0, 0);
+    for reader in &mut readers {
+        match reader.try_wait()? {
+            None => {
+                waited += 1;
+                reader.kill()?;
+                reader.wait()?;
+            }
+            Some(status) if status.success() => returned += 1,
+            Some(_) => failed += 1,
+        }
+    }
+    result?;
+    Ok(Case {
+        policy: "wait",
+        machine: machine_state(stage)?,
+        missing_bytes: clone.bytes_missing,
+        missing_ranges: clone.missing.iter().count(),
+        zero_reads: returned,
+        probed: readers.len() as u64,
+        waited,
+        failed,
+        writes_acknowledged: load.acknowledged() - written,
+    })
+}
+
+/// Under `eio`, a read of a missing block fails.
+fn eio_case(stage: &Stage<'_>, load: &Load) -> anyhow::Result<Case> {
+    let written = load.acknowledged();
+    let (clone, device) = clone_status(stage)?;
+    let (mut probed, mut waited, mut failed, mut returned) = (0, 0, 0, 0);
+    for offset in probes(&clone) {
+        let mut reader = read_block(&device, offset)?;
+        let deadline = Instant::now() + WATCH;
+        let status = loop {
+            match reader.try_wait()? {
+                Some(status) => break Some(status),
+                None if Instant::now() > deadline => break None,
+                None => std::thread::sleep(Duration::from_millis(2)),
+            }
+        };
+        probed += 1;
+        match status {
+            None => {
+                waited += 1;
+                reader.kill()?;
+                reader.wait()?;
+            }
+            Some(status) if status.success() => returned += 1,
+            Some(_) => failed += 1,
+        }
+        stage.interrupt.check()?;
+    }
+    Ok(Case {
+        policy: "eio",
+        machine: machine_state(stage)?,
+        missing_bytes: clone.bytes_missing,
+        missing_ranges: clone.missing.iter().count(),
+        zero_reads: returned,
+        probed,
+        waited,
+        failed,
+        writes_acknowledged: load.acknowledged() - written,
+    })
+}
+
+/// The report of `--lose-destination`.
+#[derive(Debug, Serialize)]
+struct DestinationLost {
+    /// What the API stated before the loss: the moment of the seal.
+    recovery_point_at_ms: u64,
+    writes_acknowledged: u64,
+    /// Acknowledged at the destination, after the seal: what the operator gave up.
+    writes_lost: u64,
+    /// Lost although acknowledged before the seal. Must be 0.
+    writes_lost_before_seal: u64,
+    writes_duplicated: u64,
+    wrong_reads: u64,
+}
+
+/// `--lose-destination`.
+pub(crate) fn destination(args: &DemoArgs, interrupt: &Interrupt) -> anyhow::Result<Exit> {
+    let mut stage = Stage::set(args, interrupt)?;
+    let began = monotonic_ns();
+    let (load, _) = half_moved(&stage)?;
+    let recovery_point_at_ms = recovery_point(&stage)?;
+    say("worker-2 burns down: cut off, killed, its files removed");
+    let lost_at = monotonic_ns();
+    stage.site.lose(2)?;
+    let refused = reclaim(&stage, false)?;
+    ensure!(!refused.success(), "reclaim without --force must be refused");
+    let forced = reclaim(&stage, true)?;
+    ensure!(forced.success(), "reclaim --force ended with {forced}\n{}", stage.site.log_tail(1, "agent", 15));
+    stage.wait_running(1, ORDERS)?;
+    stage.wait_load(&load, SAMPLES, PATIENCE)?;
+    let log = load.finish()?;
+    let verdict = main_job::check(&stage, 1, ORDERS, &log)?;
+    let before_seal = lost_before_seal(&stage, &log, began, lost_at)?;
+    let report = DestinationLost {
+        recovery_point_at_ms,
+        writes_acknowledged: verdict.acknowledged,
+        writes_lost: verdict.lost,
+        writes_lost_before_seal: before_seal,
+        writes_duplicated: verdict.duplicated + verdict.invented,
+        wrong_reads: log.wrong_reads,
+    };
+    if let Some(path) = &args.report {
+        main_job::write_json(path, &report)?;
+    }
+    let good = before_seal == 0 && report.writes_duplicated == 0 && report.wrong_reads == 0 && report.writes_lost > 0;
+    say(format_args!(
+        "\nResult: {} writes acknowledged; {} lost, all written after the seal: {}; {} of those before it lost",
+        report.writes_acknowledged,
+        report.writes_lost,
+        if before_seal == 0 { "yes" } else { "NO" },
+        before_seal
+    ));
+    main_job::finish(stage)?;
+    Ok(if good { Exit::Done } else { Exit::Error })
+}
+
+/// What the source says could be brought back.
+fn recovery_point(stage: &Stage<'_>) -> anyhow::Result<u64> {
+    let mut agent = stage.site.worker(1).agent();
+    let seen: Machine = agent.get(&path::machine(&machine_id(ORDERS))).map_err(refused("looking at the machine"))?;
+    match seen.recovery_point {
+        Some(RecoveryPoint::SealedCopy { worker, sealed_at_ms, .. }) => {
+            say(format_args!("recovery point: the sealed copy on {worker}, as of {}", moment(sealed_at_ms)));
+            Ok(sealed_at_ms)
+        }
+        other => anyhow::bail!("a machine half moved must have a sealed copy to go back to, not {other:?}"),
+    }
+}
+
+fn reclaim(stage: &Stage<'_>, force: bool) -> anyhow::Result<std::process::ExitStatus> {
+    say(format_args!("$ decant machine reclaim {ORDERS}{}", if force { " --force" } else { "" }));
+    let mut command = Command::new(stage.site.program());
+    command.arg("--socket").arg(stage.site.worker(1).socket()).args(["machine", "reclaim", ORDERS]);
+    command.args(force.then_some("--force"));
+    command.status().context("running decant machine reclaim")
+}
+
+/// Acknowledged before the machine stopped at the source, and not in its database.
+fn lost_before_seal(stage: &Stage<'_>, log: &Log, began: u64, lost_at: u64) -> anyhow::Result<u64> {
+    let gap = longest_gap(&log.acknowledged, began, lost_at).context("the client saw no move")?;
+    // The longest gap may be the one after the loss; the move's is the longest that ended before it.
+    let before: Vec<_> = log.acknowledged.iter().filter(|write| write.acknowledged_ns <= lost_at).cloned().collect();
+    let gap = longest_gap(&before, began, lost_at).unwrap_or(gap);
+    let early: Vec<_> = before.into_iter().filter(|write| write.acknowledged_ns <= gap.from_ns).collect();
+    let rows = super::ledger::read_rows(&ledger_copy(stage), super::stage::PREFIX)?;
+    Ok(super::ledger::compare(&early, &rows, super::stage::PREFIX, log.sent).lost)
+}
+
+fn ledger_copy(stage: &Stage<'_>) -> std::path::PathBuf {
+    let directory = stage.args.ledger.clone().unwrap_or_else(|| stage.site.directory().join("ledger"));
+    directory.join(super::orders::DATABASE)
+}

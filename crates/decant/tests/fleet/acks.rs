@@ -1,0 +1,95 @@
+//! What the machine acknowledged, as it says so itself, outside the product.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+/// The machine's acknowledgements, checked as they come.
+pub struct Acks {
+    directory: PathBuf,
+    lines: Receiver<String>,
+    /// The highest line acknowledged.
+    last: u64,
+    /// How often the machine started.
+    starts: u64,
+}
+
+impl Acks {
+    /// Makes the directory that is bound into the machine: lock, FIFO, script.
+    pub fn listen(below: &Path, script: &str) -> Self {
+        let directory = below.join("outside");
+        std::fs::create_dir(&directory).expect("a directory outside the workers");
+        std::fs::set_permissions(&directory, PermissionsExt::from_mode(0o755)).expect("a mode");
+        std::fs::write(directory.join("runner.sh"), script).expect("a script");
+        File::create(directory.join("lock")).expect("a lock");
+        let fifo = directory.join("acks");
+        super::run(std::process::Command::new("mkfifo").arg(&fifo));
+        std::fs::set_permissions(&fifo, PermissionsExt::from_mode(0o666)).expect("a mode");
+        // Opened for writing too: the end of one machine is not the end of the FIFO.
+        let reader = OpenOptions::new().read(true).write(true).open(&fifo).expect("the FIFO");
+        let (sender, lines) = channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(reader).lines().map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { directory, lines, last: 0, starts: 0 }
+    }
+
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Takes in what comes within `time`.
+    pub fn wait(&mut self, time: Duration) {
+        let end = Instant::now() + time;
+        loop {
+            match self.lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                Ok(line) => self.note(&line),
+                Err(RecvTimeoutError::Timeout) => return,
+                Err(RecvTimeoutError::Disconnected) => panic!("the FIFO's reader ended"),
+            }
+        }
+    }
+
+    /// Waits for three acknowledgements more: the machine runs, and what it acknowledged is there.
+    pub fn await_progress(&mut self, when: &str) {
+        let wanted = self.last + 3;
+        let end = Instant::now() + super::PATIENCE;
+        while self.last < wanted {
+            let left = end.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "{when}: no write is acknowledged after {}", self.last);
+            if let Ok(line) = self.lines.recv_timeout(left) {
+                self.note(&line);
+            }
+        }
+    }
+
+    fn note(&mut self, line: &str) {
+        let (word, number) = line.split_once(' ').unwrap_or((line, ""));
+        match (word, number.parse::<u64>()) {
+            ("start", Ok(length)) => {
+                // One line may have been written and not acknowledged when it was stopped.
+                let (low, high) = (self.last, self.last + 1);
+                assert!((low..=high).contains(&length), "{length} lines are there, {low} were acknowledged");
+                self.last = length;
+                self.starts += 1;
+            }
+            ("ack", Ok(number)) => {
+                assert_eq!(number, self.last + 1, "acknowledged out of order");
+                self.last = number;
+            }
+            _ => panic!("the machine says: {line}"),
+        }
+    }
+
+    /// Lines acknowledged and starts so far.
+    pub fn totals(&self) -> (u64, u64) {
+        (self.last, self.starts)
+    }
+}

@@ -1,0 +1,284 @@
+//! One worker: its namespace, its disk, its agent.
+
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use decant_network::Lab;
+use rustix::process::{Pid, Signal, WaitIdOptions, WaitIdStatus};
+use serde_json::Value;
+
+use super::{PATIENCE, decant, run};
+
+pub struct Worker {
+    index: u32,
+    lab: Arc<Lab>,
+    directory: PathBuf,
+    agent: Option<Child>,
+}
+
+impl Worker {
+    /// Its state lies on a file system of its own, so that its power can be cut.
+    pub fn make(index: u32, lab: &Arc<Lab>, below: &Path) -> Self {
+        let name = format!("worker-{index}");
+        let directory = below.join(&name);
+        std::fs::create_dir_all(directory.join("state")).expect("a directory");
+        let disk = directory.join("disk.img");
+        let file = std::fs::File::create(&disk).expect("a disk");
+        file.set_len(512 << 20).expect("a sparse disk");
+        run(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&disk));
+        let address = lab.address(index).to_string();
+        run(decant()
+            .args(["ca", "issue", &name, "--address", &address, "--ca"])
+            .arg(below)
+            .arg("--dir")
+            .arg(&directory));
+        let peer = 3 - index;
+        let config = format!(
+            r#"
+worker = "{name}"
+worker_index = {index}
+region = "test"
+state_dir = "state"
+run_dir = "{run}"
+listen = "[{address}]:7070"
+data_listen = "[{address}]:0"
+tls = {{ ca = "../ca.pem", cert = "{name}.pem", key = "{name}.key" }}
+luks = {{ header = "{header}" }}
+keys = {{ source = "file", directory = "../keys" }}
+drain = {{ retention = "0s", stop_timeout = "10s", prepare_timeout = "20s" }}
+[[peers]]
+worker = "worker-{peer}"
+worker_index = {peer}
+address = "[{peer_address}]:7070"
+"#,
+            run = Self::run_dir(lab, index).display(),
+            header = if index == 1 { "16MiB" } else { "4MiB" },
+            peer_address = lab.address(peer),
+        );
+        std::fs::write(directory.join("worker.toml"), config).expect("a configuration");
+        let worker = Self { index, lab: Arc::clone(lab), directory, agent: None };
+        worker.mount();
+        worker
+    }
+
+    fn run_dir(lab: &Lab, index: u32) -> PathBuf {
+        lab.directory().join(format!("run-{index}"))
+    }
+
+    fn socket(&self) -> PathBuf {
+        Self::run_dir(&self.lab, self.index).join("agent.sock")
+    }
+
+    fn mount(&self) {
+        run(Command::new("mount")
+            .args(["-o", "loop"])
+            .arg(self.directory.join("disk.img"))
+            .arg(self.directory.join("state")));
+    }
+
+    /// Starts the agent with these variables and waits until it answers, unless a crash point is meant to come first.
+    pub fn start_agent(&mut self, environment: &[(&str, &str)]) {
+        assert!(self.agent.is_none(), "worker-{} has an agent", self.index);
+        let log = std::fs::File::options().create(true).append(true).open(self.directory.join("agent.log"));
+        let log = log.expect("a log");
+        let mut command = decant();
+        command.args(["agent", "--config"]).arg(self.directory.join("worker.toml"));
+        command.stdin(Stdio::null()).stdout(log.try_clone().expect("a log")).stderr(log);
+        command.envs(environment.iter().copied());
+        self.agent = Some(self.lab.spawn(self.index, &mut command).expect("an agent"));
+    }
+
+    /// Waits until the agent answers.
+    pub fn await_agent(&mut self) {
+        let end = Instant::now() + PATIENCE;
+        while let Err(error) = self.api("/v1/machines?scope=local") {
+            assert!(Instant::now() < end, "worker-{}: {error}\n{}", self.index, self.tail_of_logs());
+            if let Some(status) = self.agent.as_mut().and_then(|agent| agent.try_wait().expect("wait")) {
+                panic!("the agent of worker-{} ended with {status}\n{}", self.index, self.tail_of_logs());
+            }
+            wait_a_moment();
+        }
+    }
+
+    /// Ends the agent as a service manager would.
+    pub fn end_agent(&mut self) {
+        if let Some(mut agent) = self.agent.take() {
+            let _ = rustix::process::kill_process(pid_of(&agent), Signal::TERM);
+            let status = agent.wait().expect("wait");
+            assert!(status.success(), "the agent of worker-{} ended with {status}", self.index);
+        }
+    }
+
+    /// Kills the agent; it may be standing still at a crash point.
+    pub fn kill_agent(&mut self) {
+        if let Some(mut agent) = self.agent.take() {
+            let _ = agent.kill();
+            let _ = agent.wait();
+        }
+    }
+
+    /// Waits until the agent stands still at its crash point.
+    pub fn await_standstill(&mut self) -> bool {
+        let agent = pid_of(self.agent.as_ref().expect("an agent"));
+        let end = Instant::now() + PATIENCE;
+        let options = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        while Instant::now() < end {
+            let status: Option<WaitIdStatus> =
+                rustix::process::waitid(rustix::process::WaitId::Pid(agent), options).expect("wait");
+            match status {
+                Some(status) if status.stopped() => return true,
+                Some(status) => panic!("the agent of worker-{} ended: {status:?}\n{}", self.index, self.tail_of_logs()),
+                None => wait_a_moment(),
+            }
+        }
+        false
+    }
+
+    /// Lets an agent that stands still go on.
+    pub fn resume_agent(&self) {
+        let _ = rustix::process::kill_process(pid_of(self.agent.as_ref().expect("an agent")), Signal::CONT);
+    }
+
+    /// Kills every volume process of this worker; how many there were.
+    pub fn kill_volume_processes(&self) -> usize {
+        let netns = std::fs::metadata(self.lab.netns(self.index)).expect("a namespace");
+        let mut killed = 0;
+        for entry in std::fs::read_dir("/proc").expect("/proc").flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw)
+            else {
+                continue;
+            };
+            let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            let is_volume = command.split(|&byte| byte == 0).nth(1) == Some(b"volume");
+            let here = std::fs::metadata(entry.path().join("ns/net")).is_ok_and(|own| {
+                std::os::unix::fs::MetadataExt::ino(&own) == std::os::unix::fs::MetadataExt::ino(&netns)
+            });
+            if is_volume && here && rustix::process::kill_process(pid, Signal::KILL).is_ok() {
+                killed += 1;
+            }
+        }
+        killed
+    }
+
+    /// Cuts the power: what was not synced to the worker's disk is gone, every process of it too, and its run directory.
+    pub fn cut_power(&mut self) {
+        let state = self.directory.join("state");
+        let directory = std::fs::File::open(&state).expect("the state directory");
+        let without_log_flush: u32 = 2;
+        // SAFETY: EXT4_IOC_SHUTDOWN (fs/ext4/ioctl.c) reads one u32.
+        let done = unsafe { libc::ioctl(directory.as_raw_fd(), 0x8004_587d, &raw const without_log_flush) };
+        assert_eq!(done, 0, "EXT4_IOC_SHUTDOWN: {}", std::io::Error::last_os_error());
+        drop(directory);
+        self.kill_agent();
+        self.kill_everything();
+        let end = Instant::now() + PATIENCE;
+        while !Command::new("umount").arg(&state).output().expect("umount").status.success() {
+            assert!(Instant::now() < end, "{} stays busy", state.display());
+            wait_a_moment();
+        }
+        clear_run_dir(&Self::run_dir(&self.lab, self.index));
+        self.mount();
+    }
+
+    /// Ends the worker's cgroup (keepers, shims, machines) and waits until it is empty.
+    fn kill_everything(&self) {
+        let Some(mount) = cgroup2() else { return };
+        let own = mount.join(format!("decant/worker-{}", self.index));
+        if std::fs::write(own.join("cgroup.kill"), "1").is_err() {
+            return;
+        }
+        let end = Instant::now() + PATIENCE;
+        while std::fs::read_to_string(own.join("cgroup.events")).is_ok_and(|text| text.contains("populated 1")) {
+            assert!(Instant::now() < end, "{} does not empty", own.display());
+            wait_a_moment();
+        }
+    }
+
+    /// Runs a command line against this worker's agent.
+    pub fn decant(&mut self, arguments: &[&str]) -> Result<Value, String> {
+        self.await_agent();
+        let output = self.command(arguments).output().expect("decant");
+        let text = String::from_utf8_lossy(&output.stdout);
+        // 6: detached, as asked.
+        if output.status.success() || output.status.code() == Some(6) {
+            return Ok(serde_json::from_str(text.lines().next_back().unwrap_or_default()).unwrap_or_default());
+        }
+        Err(format!("decant {arguments:?}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr)))
+    }
+
+    /// A command line against this worker's agent.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = decant();
+        command.args(["-o", "json", "--socket"]).arg(self.socket()).args(arguments);
+        command
+    }
+
+    /// One GET, without waiting for the agent.
+    pub fn api(&mut self, path: &str) -> Result<Value, String> {
+        let failed = |error: std::io::Error| format!("{}: {error}", self.socket().display());
+        let mut stream = UnixStream::connect(self.socket()).map_err(failed)?;
+        stream.set_read_timeout(Some(Duration::from_secs(5))).map_err(failed)?;
+        write!(stream, "GET {path} HTTP/1.0\r\nHost: agent\r\n\r\n").map_err(failed)?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).map_err(failed)?;
+        let (head, body) = answer.split_once("\r\n\r\n").ok_or("no answer")?;
+        if !head.contains(" 200 ") {
+            return Err(format!("{path}: {answer}"));
+        }
+        serde_json::from_str(body).map_err(|error| format!("{path}: {error}: {body}"))
+    }
+
+    /// The names of crash points that were passed, from a trace.
+    pub fn trace_path(&self) -> PathBuf {
+        self.directory.join("trace")
+    }
+
+    /// The end of what the agent said.
+    pub fn tail_of_logs(&self) -> String {
+        let text = std::fs::read_to_string(self.directory.join("agent.log")).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        format!("--- worker-{}\n{}", self.index, lines[lines.len().saturating_sub(40)..].join("\n"))
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.kill_agent();
+        self.kill_everything();
+        let _ = Command::new("umount").arg("-q").arg("-l").arg(self.directory.join("state")).output();
+    }
+}
+
+fn pid_of(child: &Child) -> Pid {
+    Pid::from_child(child)
+}
+
+/// A poll interval, not a synchronisation: the caller checks a condition again and has a deadline.
+fn wait_a_moment() {
+    std::thread::sleep(Duration::from_millis(3));
+}
+
+fn cgroup2() -> Option<PathBuf> {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let line = table.lines().find(|line| line.contains(" - cgroup2 "))?;
+    line.split(' ').nth(4).map(PathBuf::from)
+}
+
+/// What a reboot does to /run.
+fn clear_run_dir(run_dir: &Path) {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
+    let below: Vec<&str> = table
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .filter(|point| Path::new(point).starts_with(run_dir))
+        .collect();
+    for point in below.iter().rev() {
+        let _ = Command::new("umount").arg("-q").arg("-l").arg(point).output();
+    }
+    let _ = std::fs::remove_dir_all(run_dir);
+}
