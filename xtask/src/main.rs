@@ -4,6 +4,7 @@
 //! `cargo xtask deny` checks licences, bans and sources of dependencies; `cargo xtask bench` makes the figures of BENCHMARKS.md;
 //! `cargo xtask ci` is all of it but the benchmarks, as `.ci/run` calls it.
 
+mod bench;
 mod deny;
 mod peers;
 mod test;
@@ -26,6 +27,8 @@ struct Cli {
 enum Chore {
     /// Run every test; install the Debian packages that tests need first.
     Test(test::Options),
+    /// Measure the figures of BENCHMARKS.md (builds the release binary; takes minutes).
+    Bench(bench::Options),
     /// Check crate edges, lengths, headings and words.
     Tidy,
     /// Check licences, bans and sources of dependencies (installs cargo-deny when it is missing).
@@ -37,6 +40,7 @@ enum Chore {
 fn main() -> ExitCode {
     let outcome = match Cli::parse().chore {
         Chore::Test(options) => test::run(&options),
+        Chore::Bench(options) => bench::run(&options),
         Chore::Tidy => tidy::run(),
         Chore::Deny => deny::run(),
         Chore::Ci => ci(),
