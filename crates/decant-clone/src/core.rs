@@ -503,6 +503,15 @@ impl<W> CloneCore<W> {
         }
     }
 
+    /// The origin is closed: what is in flight will not be answered.
+    pub fn forget_fetches(&mut self) {
+        self.in_flight.clear();
+        self.tokens.clear();
+        self.bulk_in_flight = 0;
+        self.bulk_fetches = 0;
+        self.exhausted = false;
+    }
+
     // ---- hydration ----
 
     /// Fetches to send now, besides those that reads asked for.

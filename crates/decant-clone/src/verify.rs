@@ -104,6 +104,11 @@ impl Verify {
         differing.iter().filter(|&&block| map.entry(block).state == State::Missing).count() as u64
     }
 
+    /// Whether blocks are missing, or were, because they differed.
+    pub fn has_repairs(&self) -> bool {
+        !self.again.is_empty()
+    }
+
     fn counts(&self, map: &BlockMap) -> Counts {
         let fetched = map.count(State::Fetched);
         let mut mixed = 0;

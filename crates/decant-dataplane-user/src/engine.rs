@@ -1,0 +1,747 @@
+//! The engine of the volume process: cipher, clone and file in one, as a front end, an origin and an export see it.
+//!
+//! ```text
+//! FUSE threads --read/write/discard/flush/park--> Engine --pread/pwrite/fdatasync--> volume.img (payload)
+//! origin thread --OriginSink--> Engine            Engine --request--> Origin
+//! export threads --Exported (after the seal)----> Engine
+//! ```
+//!
+//! A volume is *prepared* (its device is there, reads wait for the grant), a *clone* (filling), or *plain*. The last
+//! transition happens under the machine's feet, after [`Engine::verify`]: same process, same device. On the plain path a
+//! read or write takes no lock. On the clone path the lock around [`CloneCore`] is held for look-ups and marks only,
+//! never during I/O, never while waiting for the network.
+//!
+//! What is final: a failed sync, or EIO for a write. The volume then acknowledges no write and no flush, says why in its
+//! status, and leaves a note that keeps the next process from opening it as if nothing had happened.
+
+mod commit;
+pub mod disk;
+mod export;
+mod fill;
+mod gate;
+mod verify;
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use decant_base::{BLOCK, Epoch, ExtentSet, SECTOR, VolumeId};
+use decant_clone::core::NotParked;
+use decant_clone::file::Found;
+use decant_clone::marks::{self, Mark};
+use decant_clone::{Begin, BlockMap, CloneCore, Identity, Kind, MapError, MapFile, Scope, Shape};
+use decant_dataplane::{CloneStatus, MissingPolicy, Verification};
+use rustix::io::Errno;
+
+use crate::device::{Origin, ReadSink};
+use crate::fuse::{Backend, Served};
+pub use disk::{Disk, Files, Medium, open_image};
+pub use export::Export;
+pub use verify::VerifyError;
+
+/// Crash points of the engine, in the order of a commit and of a volume's life.
+pub const POINTS: &[&str] = &[
+    "map:created",
+    "map:data-synced",
+    "map:pages-written",
+    "map:committed",
+    "map:intent",
+    "map:marked",
+    "map:complete",
+    "map:dropped",
+];
+
+/// Encrypts and decrypts whole sectors in place, from any thread. An all-zero ciphertext sector decrypts to zeros.
+pub trait Cipher: Send + Sync {
+    /// `data` lies at byte `offset` of the payload.
+    fn encrypt(&self, offset: u64, data: &mut [u8]);
+    /// `data` lies at byte `offset` of the payload.
+    fn decrypt(&self, offset: u64, data: &mut [u8]);
+}
+
+impl Cipher for decant_luks2::SectorCipher {
+    fn encrypt(&self, offset: u64, data: &mut [u8]) {
+        Self::encrypt(self, offset, data);
+    }
+
+    fn decrypt(&self, offset: u64, data: &mut [u8]) {
+        Self::decrypt(self, offset, data);
+    }
+}
+
+/// What the volume is, as its metadata (`volume.json`) has it. The map file must agree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Whole. A map that is not complete is an error.
+    Plain,
+    /// Made for a migration, not begun: reads wait, writes fail, until [`Engine::begin`].
+    Prepared,
+    /// Begun. Without its map it does not open; with a complete one it is plain.
+    Clone,
+}
+
+/// What an engine is opened with.
+pub struct Options {
+    /// The volume's id, in the map.
+    pub volume: VolumeId,
+    /// Size and sector size, from the LUKS2 header.
+    pub shape: Shape,
+    /// What it is.
+    pub mode: Mode,
+    /// Its files.
+    pub disk: Arc<dyn Disk>,
+    /// Keyed.
+    pub cipher: Arc<dyn Cipher>,
+    /// This boot ([`boot_id`]).
+    pub boot: String,
+}
+
+/// This boot's id, from /proc/sys/kernel/random/boot_id.
+///
+/// # Errors
+/// As reading a file.
+pub fn boot_id() -> std::io::Result<String> {
+    Ok(std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+}
+
+/// Why an engine does not open or begin.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The volume failed in an earlier process.
+    #[error("the volume stopped acknowledging earlier ({0}); what it holds since its last flush is uncertain. Boot the source's copy, or check the file system and remove volume.failed")]
+    Failed(String),
+    /// A clone's map is gone: which blocks are here is not known.
+    #[error("the clone's map is missing, so which blocks are here is not known; the source's sealed copy is the way back")]
+    MapMissing,
+    /// A whole volume has the map of a filling one.
+    #[error("a map of a clone that is not complete lies beside a volume that should be whole")]
+    UnexpectedMap,
+    /// The map cannot be used.
+    #[error(transparent)]
+    Map(#[from] MapError),
+    /// `begin` on a volume that is not prepared, or begun with something else.
+    #[error("the volume is not prepared for this: {0}")]
+    State(&'static str),
+    /// A file cannot be read or written.
+    #[error("cannot {what}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: Errno,
+    },
+}
+
+fn io(what: &'static str) -> impl FnOnce(Errno) -> OpenError {
+    move |source| OpenError::Io { what, source }
+}
+
+/// How an open clone keeps its marks.
+struct MapFiles {
+    map: Arc<dyn Medium>,
+    marks: Arc<dyn Medium>,
+    /// One superblock update at a time.
+    superblock: Mutex<()>,
+    /// Records below this number are punched out.
+    punched: AtomicU64,
+}
+
+/// Someone waits for these bytes.
+type Waiter = Box<dyn ReadSink>;
+
+/// What is decided before a clone begins.
+#[derive(Default)]
+struct Early {
+    reads: Vec<(Range<u64>, Waiter)>,
+    limit: Option<u64>,
+    eio: bool,
+    link: Option<(bool, String)>,
+}
+
+enum Life {
+    Plain,
+    Prepared(Early),
+    Clone(Box<CloneCore<Waiter>>),
+}
+
+const PLAIN: u8 = 0;
+const PREPARED: u8 = 1;
+const CLONE: u8 = 2;
+
+/// One volume's engine. All methods are callable from any thread.
+pub struct Engine {
+    shape: Shape,
+    volume: VolumeId,
+    boot: String,
+    disk: Arc<dyn Disk>,
+    image: Arc<dyn Medium>,
+    cipher: Arc<dyn Cipher>,
+    started: Instant,
+    /// `PLAIN`, `PREPARED` or `CLONE`: lets the plain path do without the lock. Follows `life`.
+    phase: AtomicU8,
+    life: Mutex<Life>,
+    /// A store ended; for writes that must not overlap it.
+    stored: Condvar,
+    store_waiters: AtomicUsize,
+    files: Mutex<Option<Arc<MapFiles>>>,
+    gate: gate::Gate,
+    sealed: AtomicBool,
+    has_failed: AtomicBool,
+    failure: Mutex<Option<String>>,
+    flusher: commit::Flusher,
+    unsynced: AtomicU64,
+    origin: Mutex<Option<(Arc<dyn Origin>, String)>>,
+    fill: fill::Fill,
+    digests: verify::Digests,
+    verifying: Mutex<decant_clone::verify::Verify>,
+    verified: Mutex<Option<Verification>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic while holding one of these locks is a bug that was reported; the state is as consistent as any single step.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Engine {
+    /// Opens a volume. Reads and repairs nothing that it cannot be sure of.
+    ///
+    /// # Errors
+    /// [`OpenError`]; nothing was changed on disk except by a map that opened.
+    pub fn open(options: Options) -> Result<Arc<Self>, OpenError> {
+        if let Some(why) = options.disk.failure() {
+            return Err(OpenError::Failed(why));
+        }
+        let map = options.disk.open_map().map_err(io("open the clone's map"))?;
+        let (life, files, verified) = match (options.mode, map) {
+            (Mode::Prepared, None) => (Life::Prepared(Early::default()), None, None),
+            (Mode::Plain, None) => (Life::Plain, None, None),
+            (Mode::Clone, None) => return Err(OpenError::MapMissing),
+            (mode, Some(map)) => Self::open_clone(&options, mode, map)?,
+        };
+        let engine = Self::with(options, life, files, verified);
+        engine.spawn_threads();
+        Ok(engine)
+    }
+
+    #[allow(clippy::type_complexity)]
+    fn open_clone(
+        options: &Options,
+        mode: Mode,
+        map: Arc<dyn Medium>,
+    ) -> Result<(Life, Option<MapFiles>, Option<Verification>), OpenError> {
+        // Pages of a killed process may be in the page cache only, and the next commit overwrites their other slots.
+        map.sync().map_err(io("sync the clone's map"))?;
+        let identity = identity(options, None);
+        let data = map.data().map_err(io("find the clone map's pages"))?;
+        let length = map.length().map_err(io("find the clone map's length"))?;
+        let mut read = |at: u64, buffer: &mut [u8]| map.read_at(at, buffer).map_err(Into::into);
+        let (file, blocks, found) = MapFile::open(&mut read, length, &data, &identity)?;
+        if found == Found::Complete {
+            let [compared, overwritten, discarded, repaired] = file.superblock().verification;
+            return Ok((Life::Plain, None, Some(Verification { compared, overwritten, discarded, repaired })));
+        }
+        if mode == Mode::Plain {
+            return Err(OpenError::UnexpectedMap);
+        }
+        let epoch = file.superblock().epoch;
+        let mut core = Box::new(CloneCore::new(blocks, file, Duration::ZERO));
+        let marks = match found {
+            Found::Killed => {
+                let marks = options.disk.open_marks(false).map_err(|_| MapError::Marks)?;
+                replay(&mut core, &*marks, &marks::head(options.volume.as_str(), epoch, &options.boot)[..])?;
+                marks
+            }
+            _ => fresh_marks(options, epoch)?,
+        };
+        let files = MapFiles { map, marks, superblock: Mutex::default(), punched: AtomicU64::new(0) };
+        if found != Found::Killed {
+            // What a power cut made of overwritten regions is made durable before the old intents are forgotten.
+            commit::commit_at_open(&mut core, &**options.disk.image(), &*files.map).map_err(io("commit the clone's map"))?;
+            let (file, _) = core.parts();
+            let write = file.begin_update(|superblock| {
+                superblock.clean = false;
+                superblock.boot.clone_from(&options.boot);
+                superblock.intents.fill(0);
+            });
+            files.map.write_at(write.offset, &write.bytes[..]).map_err(io("write the clone's map"))?;
+            files.map.sync().map_err(io("sync the clone's map"))?;
+            core.parts().0.end_update();
+        }
+        Ok((Life::Clone(core), Some(files), None))
+    }
+
+    fn with(options: Options, life: Life, files: Option<MapFiles>, verified: Option<Verification>) -> Arc<Self> {
+        let phase = match life {
+            Life::Plain => PLAIN,
+            Life::Prepared(_) => PREPARED,
+            Life::Clone(_) => CLONE,
+        };
+        Arc::new(Self {
+            shape: options.shape,
+            volume: options.volume,
+            boot: options.boot,
+            image: Arc::clone(options.disk.image()),
+            disk: options.disk,
+            cipher: options.cipher,
+            started: Instant::now(),
+            phase: AtomicU8::new(phase),
+            life: Mutex::new(life),
+            stored: Condvar::new(),
+            store_waiters: AtomicUsize::new(0),
+            files: Mutex::new(files.map(Arc::new)),
+            gate: gate::Gate::default(),
+            sealed: AtomicBool::new(false),
+            has_failed: AtomicBool::new(false),
+            failure: Mutex::default(),
+            flusher: commit::Flusher::default(),
+            unsynced: AtomicU64::new(0),
+            origin: Mutex::default(),
+            fill: fill::Fill::default(),
+            digests: verify::Digests::default(),
+            verifying: Mutex::default(),
+            verified: Mutex::new(verified),
+        })
+    }
+
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Its size and sector size.
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// Whether it is whole: never a clone, or one that was verified.
+    pub fn is_plain(&self) -> bool {
+        self.phase.load(Ordering::Acquire) == PLAIN
+    }
+
+    /// Makes the map durable for the blocks that were live at the seal (others read as zeros) and lets I/O flow.
+    /// Beginning again at the same epoch changes nothing.
+    ///
+    /// # Errors
+    /// If the volume is not prepared, or the map cannot be made.
+    pub fn begin(self: &Arc<Self>, live: ExtentSet, epoch: Epoch) -> Result<(), OpenError> {
+        let early = {
+            let mut life = lock(&self.life);
+            match &mut *life {
+                Life::Plain => return Err(OpenError::State("it is whole")),
+                Life::Clone(core) if core.file().superblock().epoch == epoch.0 => return Ok(()),
+                Life::Clone(_) => return Err(OpenError::State("it was begun at another epoch")),
+                Life::Prepared(_) => {}
+            }
+            let (core, files) = self.make_clone(live, epoch)?;
+            *lock(&self.files) = Some(Arc::new(files));
+            let Life::Prepared(early) = std::mem::replace(&mut *life, Life::Clone(Box::new(core))) else { return Ok(()) };
+            self.phase.store(CLONE, Ordering::Release);
+            early
+        };
+        self.set_limit(early.limit);
+        self.set_policy(if early.eio { MissingPolicy::Eio } else { MissingPolicy::Wait });
+        if let Some((up, detail)) = early.link {
+            self.link(up, &detail);
+        }
+        for (bytes, sink) in early.reads {
+            self.park(bytes.start, (bytes.end - bytes.start) as usize, sink);
+        }
+        self.pump();
+        Ok(())
+    }
+
+    /// With the lock held: nobody reads or writes a volume before it is begun, so nobody waits for this.
+    fn make_clone(&self, live: ExtentSet, epoch: Epoch) -> Result<(CloneCore<Waiter>, MapFiles), OpenError> {
+        let map = BlockMap::new(self.shape, live);
+        let identity = Identity {
+            volume: self.volume.as_str().to_owned(),
+            shape: self.shape,
+            epoch: Some(epoch.0),
+            boot: self.boot.clone(),
+        };
+        let (file, writes) = MapFile::create(&identity, map.live());
+        // The marks file first: a map of this boot that was not closed in order must have one.
+        let marks = self.disk.open_marks(true).map_err(io("make the marks file"))?;
+        let head = marks::head(self.volume.as_str(), epoch.0, &self.boot);
+        marks.write_at(0, &head[..]).map_err(io("write the marks file"))?;
+        let made = self.disk.create_map(file.length(self.shape), &writes).map_err(io("make the clone's map"))?;
+        decant_base::crash::point("map:created");
+        let core = CloneCore::new(map, file, self.now());
+        Ok((core, MapFiles { map: made, marks, superblock: Mutex::default(), punched: AtomicU64::new(0) }))
+    }
+
+    fn check(&self, offset: u64, length: u64) -> Result<Range<u64>, Errno> {
+        let bytes = offset..offset.checked_add(length).ok_or(Errno::INVAL)?;
+        if self.shape.holds(&bytes) { Ok(bytes) } else { Err(Errno::INVAL) }
+    }
+
+    /// Fills `buffer` with plaintext, or says that some of it is not here ([`Engine::park`]).
+    ///
+    /// # Errors
+    /// EINVAL off the volume or off its sectors; what the medium says.
+    pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<Served, Errno> {
+        let bytes = self.check(offset, buffer.len() as u64)?;
+        if self.phase.load(Ordering::Acquire) != PLAIN {
+            match &*lock(&self.life) {
+                Life::Plain => {}
+                Life::Prepared(_) => return Ok(Served::Missing),
+                Life::Clone(core) if core.is_here(&sectors(&bytes)) => {}
+                Life::Clone(_) => return Ok(Served::Missing),
+            }
+        }
+        self.read_here(offset, buffer).map(|()| Served::Done)
+    }
+
+    fn read_here(&self, offset: u64, buffer: &mut [u8]) -> Result<(), Errno> {
+        self.image.read_at(offset, buffer)?;
+        self.cipher.decrypt(offset, buffer);
+        Ok(())
+    }
+
+    /// Answers `sink` when the bytes are here, perhaps before this returns.
+    pub fn park(&self, offset: u64, length: usize, sink: Box<dyn ReadSink>) {
+        let bytes = match self.check(offset, length as u64) {
+            Ok(bytes) => bytes,
+            Err(error) => return sink.complete(Err(error)),
+        };
+        let mut plans = Vec::new();
+        let outcome = match &mut *lock(&self.life) {
+            Life::Plain => Err(NotParked::Here(sink)),
+            Life::Prepared(early) => {
+                early.reads.push((bytes.clone(), sink));
+                Ok(())
+            }
+            Life::Clone(core) => core.park(self.now(), sectors(&bytes), sink, &mut plans),
+        };
+        match outcome {
+            Ok(()) => self.send(&plans),
+            Err(NotParked::Here(sink)) => self.serve(&bytes, sink),
+            Err(NotParked::Refused(sink) | NotParked::Full(sink)) => sink.complete(Err(Errno::IO)),
+        }
+    }
+
+    /// Answers from the file.
+    fn serve(&self, bytes: &Range<u64>, sink: Waiter) {
+        fill::with_scratch((bytes.end - bytes.start) as usize, |buffer| match self.read_here(bytes.start, buffer) {
+            Ok(()) => sink.complete(Ok(buffer)),
+            Err(error) => sink.complete(Err(error)),
+        });
+    }
+
+    /// Writes `data`, which is ciphertext afterwards. Waits for no network.
+    ///
+    /// # Errors
+    /// EINVAL off the volume or off its sectors; EIO after the gate was closed, after a failure and before the clone began;
+    /// ENOSPC. EIO of the medium is final.
+    pub fn write(&self, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
+        let bytes = self.check(offset, data.len() as u64)?;
+        let _pass = self.admit()?;
+        self.cipher.encrypt(offset, data);
+        self.change(&bytes, Kind::Written, || self.image.write_at(offset, data))
+    }
+
+    /// The range reads as zeros afterwards; also for write-zeroes. Waits for no network.
+    ///
+    /// # Errors
+    /// As [`Engine::write`].
+    pub fn discard(&self, offset: u64, length: u64) -> Result<(), Errno> {
+        let bytes = self.check(offset, length)?;
+        let _pass = self.admit()?;
+        // A hole is all-zero ciphertext, which is plaintext zeros; the kernel zeroes the edges inside a file block.
+        self.change(&bytes, Kind::Discarded, || self.image.punch(offset, length))
+    }
+
+    fn admit(&self) -> Result<gate::Pass<'_>, Errno> {
+        let pass = self.gate.enter().ok_or(Errno::IO)?;
+        if self.has_failed.load(Ordering::Acquire) { Err(Errno::IO) } else { Ok(pass) }
+    }
+
+    /// Lands a write between the marks that it needs.
+    fn change(&self, bytes: &Range<u64>, kind: Kind, land: impl FnOnce() -> Result<(), Errno>) -> Result<(), Errno> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let sectors = sectors(bytes);
+        let (id, adopted) = loop {
+            if self.phase.load(Ordering::Acquire) == PLAIN {
+                return self.landed(land());
+            }
+            let mut life = lock(&self.life);
+            let core = match &mut *life {
+                Life::Plain => continue,
+                Life::Prepared(_) => return Err(Errno::IO),
+                Life::Clone(core) => core,
+            };
+            match core.begin_write(&sectors, kind) {
+                Begin::Free => {
+                    drop(life);
+                    return self.landed(land());
+                }
+                Begin::Busy => {
+                    self.store_waiters.fetch_add(1, Ordering::SeqCst);
+                    drop(self.stored.wait(life));
+                    self.store_waiters.fetch_sub(1, Ordering::SeqCst);
+                }
+                Begin::Intents => {
+                    drop(life);
+                    self.intend(&sectors)?;
+                }
+                Begin::Tracked { id, adopted } => break (id, adopted),
+            }
+        };
+        let adopted = adopted.map_or(Ok(()), |mark| self.append(&mark));
+        let landed = adopted.and_then(|()| self.landed(land()));
+        let mark = match &mut *lock(&self.life) {
+            Life::Clone(core) => core.end_write(id, landed.is_ok()),
+            _ => None,
+        };
+        landed?;
+        mark.map_or(Ok(()), |mark| self.append(&mark))
+    }
+
+    fn landed(&self, result: Result<(), Errno>) -> Result<(), Errno> {
+        match result {
+            Ok(()) | Err(Errno::NOSPC | Errno::DQUOT) => {}
+            Err(error) => self.fail(&format!("a write to the image failed: {error}")),
+        }
+        result
+    }
+
+    /// A record in the marks file, or, if that has no room, a commit instead.
+    fn append(&self, mark: &Mark) -> Result<(), Errno> {
+        let Some(files) = lock(&self.files).clone() else { return Ok(()) };
+        if files.marks.write_at(mark.offset(), &mark.encode()).is_err() {
+            self.commit(Scope::Flush)?;
+        }
+        decant_base::crash::point("map:marked");
+        Ok(())
+    }
+
+    /// Makes the intents durable that a write to `sectors` needs.
+    fn intend(&self, sectors: &Range<u64>) -> Result<(), Errno> {
+        let Some(files) = lock(&self.files).clone() else { return Ok(()) };
+        let _one = lock(&files.superblock);
+        let write = match &mut *lock(&self.life) {
+            Life::Clone(core) => {
+                let regions = core.missing_intents(sectors);
+                if regions.is_empty() {
+                    return Ok(());
+                }
+                let set = |superblock: &mut _| regions.iter().for_each(|&region| decant_clone::file::set_intent(superblock, region));
+                core.parts().0.begin_update(set)
+            }
+            _ => return Ok(()),
+        };
+        self.update(&files, &write, "map:intent")
+    }
+
+    /// Writes a superblock; the caller holds its lock.
+    fn update(&self, files: &MapFiles, write: &decant_clone::SyncedWrite, point: &str) -> Result<(), Errno> {
+        let result = files.map.write_at(write.offset, &write.bytes[..]).and_then(|()| files.map.sync());
+        if let Err(error) = result {
+            self.fail(&format!("the clone's map cannot be written: {error}"));
+            return Err(Errno::IO);
+        }
+        decant_base::crash::point(point);
+        if let Life::Clone(core) = &mut *lock(&self.life) {
+            core.parts().0.end_update();
+        }
+        Ok(())
+    }
+
+    /// No write lands after this returns. What was acknowledged is not durable yet: [`Engine::flush`].
+    pub fn close_gate(&self) {
+        self.gate.close();
+    }
+
+    /// Writes are taken again: the migration was cancelled before its seal was recorded.
+    pub fn open_gate(&self) {
+        self.sealed.store(false, Ordering::SeqCst);
+        self.gate.open();
+    }
+
+    /// All parked reads fail with EIO: the machine is being stopped or killed. Returns how many.
+    pub fn fail_parked_reads(&self) -> usize {
+        let mut failed = Vec::new();
+        match &mut *lock(&self.life) {
+            Life::Plain => {}
+            Life::Prepared(early) => failed.extend(early.reads.drain(..).map(|(_, sink)| sink)),
+            Life::Clone(core) => {
+                let mut waiting = Vec::new();
+                core.fail_parked(&mut waiting);
+                failed.extend(waiting.into_iter().map(|read| read.waiter));
+            }
+        }
+        let count = failed.len();
+        failed.into_iter().for_each(|sink| sink.complete(Err(Errno::IO)));
+        count
+    }
+
+    /// Limits the hydration to bytes per second, or lifts the limit.
+    pub fn set_limit(&self, limit: Option<u64>) {
+        match &mut *lock(&self.life) {
+            Life::Plain => {}
+            Life::Prepared(early) => early.limit = limit,
+            Life::Clone(core) => core.set_limit(self.now(), limit),
+        }
+        self.pump();
+    }
+
+    /// What reads of missing blocks get while the origin is away.
+    pub fn set_policy(&self, policy: MissingPolicy) {
+        let eio = policy == MissingPolicy::Eio;
+        let mut failed = Vec::new();
+        match &mut *lock(&self.life) {
+            Life::Plain => {}
+            Life::Prepared(early) => early.eio = eio,
+            Life::Clone(core) => core.set_eio_when_away(eio, &mut failed),
+        }
+        failed.into_iter().for_each(|read| read.waiter.complete(Err(Errno::IO)));
+    }
+
+    /// How far the clone is; `None` for a volume that is no clone (any more).
+    pub fn status(&self) -> Option<CloneStatus> {
+        let origin = lock(&self.origin).as_ref().map(|(_, name)| name.clone()).unwrap_or_default();
+        let mut life = lock(&self.life);
+        let Life::Clone(core) = &mut *life else { return None };
+        let connected = core.connected();
+        let progress = core.progress(self.now(), 1000);
+        Some(CloneStatus {
+            bytes_total: progress.total,
+            bytes_filled: progress.filled,
+            bytes_written: progress.written,
+            bytes_discarded: progress.discarded,
+            bytes_missing: progress.missing,
+            bytes_fetched: progress.fetched,
+            rate_bytes_per_s: progress.rate,
+            parked_reads: progress.parked,
+            origin,
+            connected,
+            hindrance: progress.hindrance,
+            missing: progress.missing_ranges,
+        })
+    }
+
+    /// Why the volume acknowledges nothing any more.
+    pub fn failure(&self) -> Option<String> {
+        lock(&self.failure).clone()
+    }
+
+    fn fail(&self, why: &str) {
+        {
+            let mut failure = lock(&self.failure);
+            if failure.is_some() {
+                return;
+            }
+            *failure = Some(why.to_owned());
+            self.has_failed.store(true, Ordering::Release);
+        }
+        tracing::error!(volume = %self.volume, why, "the volume acknowledges nothing any more");
+        self.disk.note_failure(why);
+    }
+
+    /// Ends in order: the origin is closed, everything committed, the map marked clean. The gate stays closed.
+    ///
+    /// # Errors
+    /// If the last commit fails, which is final.
+    pub fn close(&self) -> Result<(), Errno> {
+        self.close_gate();
+        self.drop_origin();
+        self.fail_parked_reads();
+        self.fill.stop();
+        self.flush()?;
+        // Twice: the second one settles the pages of the first.
+        self.commit(Scope::All)?;
+        self.commit(Scope::All)?;
+        let Some(files) = lock(&self.files).clone() else { return Ok(()) };
+        let _one = lock(&files.superblock);
+        let write = match &mut *lock(&self.life) {
+            Life::Clone(core) => core.parts().0.begin_update(|superblock| {
+                superblock.clean = true;
+                superblock.intents.fill(0);
+            }),
+            _ => return Ok(()),
+        };
+        self.update(&files, &write, "map:committed")?;
+        self.disk.remove_marks()
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.fill.stop();
+    }
+}
+
+impl Backend for Engine {
+    fn size(&self) -> u64 {
+        self.shape.size()
+    }
+
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<Served, Errno> {
+        Self::read(self, offset, buffer)
+    }
+
+    fn park(&self, offset: u64, length: usize, sink: Box<dyn ReadSink>) {
+        Self::park(self, offset, length, sink);
+    }
+
+    fn write(&self, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
+        Self::write(self, offset, data)
+    }
+
+    fn discard(&self, offset: u64, length: u64) -> Result<(), Errno> {
+        Self::discard(self, offset, length)
+    }
+
+    fn flush(&self) -> Result<(), Errno> {
+        Self::flush(self)
+    }
+}
+
+fn sectors(bytes: &Range<u64>) -> Range<u64> {
+    bytes.start / SECTOR..bytes.end / SECTOR
+}
+
+fn identity(options: &Options, epoch: Option<u64>) -> Identity {
+    Identity { volume: options.volume.as_str().to_owned(), shape: options.shape, epoch, boot: options.boot.clone() }
+}
+
+fn fresh_marks(options: &Options, epoch: u64) -> Result<Arc<dyn Medium>, OpenError> {
+    let marks = options.disk.open_marks(true).map_err(io("make the marks file"))?;
+    let head = marks::head(options.volume.as_str(), epoch, &options.boot);
+    marks.write_at(0, &head[..]).map_err(io("write the marks file"))?;
+    Ok(marks)
+}
+
+/// Takes what a killed process acknowledged.
+fn replay(core: &mut CloneCore<Waiter>, marks: &dyn Medium, head: &[u8]) -> Result<(), OpenError> {
+    let mut found = vec![0; marks::HEAD];
+    marks.read_at(0, &mut found).map_err(io("read the marks file"))?;
+    if found != head {
+        return Err(MapError::Marks.into());
+    }
+    let data = marks.data().map_err(io("find the marks"))?;
+    let mut page = vec![0; BLOCK as usize];
+    let length = marks.length().map_err(io("find the marks"))?;
+    for run in data.overlapping(marks::HEAD as u64..length) {
+        let first = run.start / BLOCK * BLOCK;
+        for at in (first..run.end()).step_by(BLOCK as usize) {
+            marks.read_at(at, &mut page).map_err(io("read the marks file"))?;
+            for (index, record) in page.as_chunks::<{ marks::RECORD }>().0.iter().enumerate() {
+                let number = (at - marks::HEAD as u64) / marks::RECORD as u64 + index as u64;
+                if let Some(mark) = Mark::decode(number, record) {
+                    core.replay(&mark);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Requests that are the verification's, not the clone's.
+const DIGEST_TOKENS: u64 = 1 << 63;
+
+#[cfg(test)]
+mod tests;
