@@ -24,6 +24,9 @@ pub struct Fetch {
     pub length: u32,
     /// What is wanted.
     pub want: Want,
+    /// Somebody waits for it: it goes ahead of, and on another connection than, what is not urgent. Keep it small
+    /// (256 KiB at most), or the next urgent one waits for it.
+    pub urgent: bool,
 }
 
 /// What a [`Fetch`] asks for.
@@ -42,13 +45,15 @@ pub trait Origin: Send + Sync {
     fn request(&self, fetch: Fetch);
     /// Bytes asked for and not answered yet.
     fn in_flight(&self) -> u64;
-    /// Ends all sessions and threads; nothing reaches the sink after this returns.
+    /// Ends all sessions and threads; nothing reaches the sink after this returns. Not to be called from within the sink, nor
+    /// with a lock held that the sink takes.
     fn close(&self);
 }
 
 /// Receives an origin's answers, on the origin's I/O thread; must not block on the network.
 pub trait OriginSink: Send + Sync {
-    /// Some of the bytes asked for; `data` is the thread's buffer and is reused after the call.
+    /// Some of the bytes asked for; `data` is the thread's buffer and is reused after the call. Whole 4 KiB blocks, except at
+    /// the payload's end. After a broken session the same bytes may come again.
     fn handle_data(&self, token: u64, offset: u64, data: &[u8]);
     /// These bytes are a hole at the origin: plaintext zeros.
     fn handle_hole(&self, token: u64, offset: u64, length: u64);
@@ -87,6 +92,7 @@ pub trait Exported: Send + Sync {
     fn flush(&self) -> Result<(), Errno>;
     /// Allocation from `offset` on, in order, adding up to at most `length`; at least one.
     fn status(&self, offset: u64, length: u64, out: &mut Vec<Status>) -> Result<(), Errno>;
-    /// CRC-32C per 4 KiB block as served, or of the medium for a block that was not served yet. `None`: this export keeps none.
+    /// CRC-32C per 4 KiB block as served, or of the medium for a block that was not served yet. `None`: this export keeps none
+    /// (asked once at the start, with `length` 0).
     fn digests(&self, offset: u64, length: u64, out: &mut Vec<u32>) -> Option<Result<(), Errno>>;
 }

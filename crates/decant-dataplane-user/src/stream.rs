@@ -1,0 +1,406 @@
+//! A nonblocking connection to a peer, plain or TLS, and how a thread waits for it.
+
+use std::fmt;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::Errno;
+use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, sockopt};
+
+use crate::tls::{self, Progress, Session};
+
+/// Unacknowledged data, or a window that stays shut, ends a connection after this long.
+const USER_TIMEOUT_MS: u32 = 20_000;
+/// An idle connection is probed after this long, this often, this many times.
+const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(5), Duration::from_secs(5), 3);
+
+/// Where a server listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Address {
+    /// TCP.
+    Tcp(SocketAddr),
+    /// A Unix socket.
+    Unix(PathBuf),
+}
+
+impl Address {
+    /// The TCP port.
+    pub fn port(&self) -> Option<u16> {
+        match self {
+            Self::Tcp(address) => Some(address.port()),
+            Self::Unix(_) => None,
+        }
+    }
+}
+
+impl From<SocketAddr> for Address {
+    fn from(address: SocketAddr) -> Self {
+        Self::Tcp(address)
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => write!(f, "{address}"),
+            Self::Unix(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+/// Wakes a thread that waits in [`Stream::wait`].
+#[derive(Debug)]
+pub(crate) struct Kick(OwnedFd);
+
+impl Kick {
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Self(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?))
+    }
+
+    /// Wakes whoever waits now, or else who waits next.
+    pub(crate) fn kick(&self) {
+        // EAGAIN: the counter is full, so the waiter is woken anyway.
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+
+    /// Forgets kicks so far.
+    pub(crate) fn clear(&self) {
+        let _ = rustix::io::read(&self.0, &mut [0u8; 8]);
+    }
+
+    /// Waits for a kick, or until `deadline`.
+    pub(crate) fn wait(&self, deadline: Option<Instant>) {
+        let _ = wait_for(&mut [PollFd::new(&self.0, PollFlags::IN)], deadline);
+    }
+}
+
+impl AsFd for Kick {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// The clock, read in one place.
+pub(crate) fn now() -> Instant {
+    Instant::now()
+}
+
+/// Polls until an event or `deadline`; a signal is no event.
+pub(crate) fn wait_for(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> io::Result<usize> {
+    loop {
+        let timeout = deadline.map(|deadline| {
+            let left = deadline.saturating_duration_since(now());
+            Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() }
+        });
+        match poll(fds, timeout.as_ref()) {
+            Err(Errno::INTR) => {}
+            result => return Ok(result?),
+        }
+    }
+}
+
+/// What a thread waits for besides the kick.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wait {
+    /// Input.
+    Read,
+    /// Input, or room for output.
+    ReadWrite,
+    /// Room for output.
+    Write,
+    /// The peer's leave only; input may lie there.
+    Hangup,
+}
+
+/// A connection.
+pub(crate) struct Stream {
+    socket: OwnedFd,
+    tls: Option<Session>,
+    /// Plain output that did not fit into the socket.
+    pending: Vec<u8>,
+    pending_start: usize,
+    /// Bytes received, ciphertext or plain: what tells a silent peer from a slow one.
+    received: u64,
+}
+
+impl Stream {
+    /// A socket that was accepted, or that is being connected.
+    pub(crate) fn new(socket: OwnedFd, tcp: bool) -> io::Result<Self> {
+        rustix::io::ioctl_fionbio(&socket, true)?;
+        if tcp {
+            sockopt::set_tcp_nodelay(&socket, true)?;
+            sockopt::set_tcp_user_timeout(&socket, USER_TIMEOUT_MS)?;
+            sockopt::set_socket_keepalive(&socket, true)?;
+            sockopt::set_tcp_keepidle(&socket, KEEPALIVE.0)?;
+            sockopt::set_tcp_keepintvl(&socket, KEEPALIVE.1)?;
+            sockopt::set_tcp_keepcnt(&socket, KEEPALIVE.2)?;
+        }
+        // Buffers are the kernel's to size: it grows them with the distance (tcp_rmem, tcp_wmem), and a fixed size would
+        // switch that off.
+        Ok(Self { socket, tls: None, pending: Vec::new(), pending_start: 0, received: 0 })
+    }
+
+    /// Starts connecting to `address`; the socket is writable when that is decided, see [`Self::connected`].
+    pub(crate) fn connect(address: &Address) -> io::Result<Self> {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let (socket, result) = match address {
+            Address::Tcp(address) => {
+                let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+                let socket = net::socket_with(family, SocketType::STREAM, flags, None)?;
+                let result = net::connect(&socket, address);
+                (socket, result)
+            }
+            Address::Unix(path) => {
+                let socket = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+                let result = net::connect(&socket, &SocketAddrUnix::new(path)?);
+                (socket, result)
+            }
+        };
+        match result {
+            Ok(()) | Err(Errno::INPROGRESS) => Self::new(socket, matches!(address, Address::Tcp(_))),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// How connecting went, once the socket is writable.
+    pub(crate) fn connected(&self) -> io::Result<()> {
+        Ok(sockopt::socket_error(&self.socket)??)
+    }
+
+    /// Everything from here on is TLS.
+    pub(crate) fn start_tls(&mut self, session: Session) {
+        self.tls = Some(session);
+    }
+
+    /// Whether TLS, if there is any, has come to where data may be sent.
+    pub(crate) fn is_secured(&self) -> bool {
+        self.tls.as_ref().is_none_or(Session::is_connected)
+    }
+
+    /// Bytes received so far, counted on the wire.
+    pub(crate) fn bytes_received(&self) -> u64 {
+        self.received
+    }
+
+    /// Waits until what is wanted may work, a kick, or the deadline. True: kicked (and the kick is cleared).
+    pub(crate) fn wait(&self, want: Wait, kick: &Kick, deadline: Option<Instant>) -> io::Result<bool> {
+        let events = match want {
+            Wait::Read => PollFlags::IN | PollFlags::RDHUP,
+            Wait::ReadWrite => PollFlags::IN | PollFlags::OUT | PollFlags::RDHUP,
+            Wait::Write => PollFlags::OUT,
+            Wait::Hangup => PollFlags::RDHUP,
+        };
+        let mut fds = [PollFd::new(&self.socket, events), PollFd::new(kick, PollFlags::IN)];
+        wait_for(&mut fds, deadline)?;
+        let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+        if want == Wait::Hangup && fds[0].revents().intersects(gone) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let kicked = fds[1].revents().contains(PollFlags::IN);
+        if kicked {
+            kick.clear();
+        }
+        Ok(kicked)
+    }
+
+    /// Reads plaintext; `WouldBlock` if there is none.
+    ///
+    /// # Errors
+    /// The connection is over: `UnexpectedEof` when the peer closed it.
+    pub(crate) fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let Some(session) = &mut self.tls else {
+            let count = receive(&self.socket, into)?;
+            self.received += count as u64;
+            return Ok(count);
+        };
+        loop {
+            match session.advance(into) {
+                Ok((Progress::Plaintext, count)) => return Ok(count),
+                Ok((Progress::Closed, _)) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok((Progress::NeedsInput, _)) => {
+                    if !session.outgoing().is_empty() {
+                        flush_session(&self.socket, session)?;
+                    }
+                    let room = session.incoming();
+                    if room.is_empty() {
+                        return Err(io::Error::new(io::ErrorKind::InvalidData, "TLS: a message without end"));
+                    }
+                    let count = receive(&self.socket, room)?;
+                    session.received(count);
+                    self.received += count as u64;
+                }
+                Err(error) => {
+                    let text = tls::explain(&error);
+                    session.collect_alert();
+                    let _ = flush_session(&self.socket, session);
+                    return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+                }
+            }
+        }
+    }
+
+    /// Takes output and sends what the socket takes at once; the rest waits for [`Self::flush`]. For TLS the handshake must
+    /// be over.
+    pub(crate) fn send(&mut self, parts: &[io::IoSlice<'_>]) -> io::Result<()> {
+        if let Some(session) = &mut self.tls {
+            for part in parts {
+                session.encrypt(part).map_err(|error| io::Error::other(tls::explain(&error)))?;
+                flush_session(&self.socket, session)?;
+            }
+            return Ok(());
+        }
+        self.flush()?;
+        let mut sent = 0;
+        if self.pending.is_empty() {
+            sent = match net::sendmsg(&self.socket, parts, &mut Default::default(), SendFlags::NOSIGNAL) {
+                Ok(count) => count,
+                Err(Errno::AGAIN | Errno::INTR) => 0,
+                Err(error) => return Err(error.into()),
+            };
+        }
+        for part in parts {
+            let skip = sent.min(part.len());
+            sent -= skip;
+            self.pending.extend_from_slice(&part[skip..]);
+        }
+        Ok(())
+    }
+
+    /// Whether output waits for room.
+    pub(crate) fn has_pending(&self) -> bool {
+        self.pending_start < self.pending.len() || self.tls.as_ref().is_some_and(|tls| !tls.outgoing().is_empty())
+    }
+
+    /// Sends what waits, as far as the socket takes it.
+    pub(crate) fn flush(&mut self) -> io::Result<()> {
+        while self.pending_start < self.pending.len() {
+            match net::send(&self.socket, &self.pending[self.pending_start..], SendFlags::NOSIGNAL) {
+                Ok(count) => self.pending_start += count,
+                Err(Errno::AGAIN) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.pending.clear();
+        self.pending_start = 0;
+        match &mut self.tls {
+            Some(session) => flush_session(&self.socket, session),
+            None => Ok(()),
+        }
+    }
+}
+
+fn flush_session(socket: &OwnedFd, session: &mut Session) -> io::Result<()> {
+    while !session.outgoing().is_empty() {
+        match net::send(socket, session.outgoing(), SendFlags::NOSIGNAL) {
+            Ok(count) => session.sent(count),
+            Err(Errno::AGAIN) => return Ok(()),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+fn receive(socket: &OwnedFd, into: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match net::recv(socket, &mut *into, RecvFlags::empty()) {
+            Ok((0, _)) if !into.is_empty() => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok((count, _)) => return Ok(count),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// A listening socket.
+pub(crate) enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener, PathBuf),
+}
+
+impl Listener {
+    /// Listens; a stale Unix socket at the same path makes room.
+    pub(crate) fn bind(address: &Address) -> io::Result<Self> {
+        let listener = match address {
+            Address::Tcp(address) => Self::Tcp(TcpListener::bind(address)?),
+            Address::Unix(path) => match std::fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => Self::Unix(UnixListener::bind(path)?, path.clone()),
+            },
+        };
+        rustix::io::ioctl_fionbio(listener.as_fd(), true)?;
+        Ok(listener)
+    }
+
+    /// Where it listens, the port filled in.
+    pub(crate) fn address(&self) -> io::Result<Address> {
+        Ok(match self {
+            Self::Tcp(listener) => Address::Tcp(listener.local_addr()?),
+            Self::Unix(_, path) => Address::Unix(path.clone()),
+        })
+    }
+
+    /// The next connection and who it is; `WouldBlock` if there is none.
+    pub(crate) fn accept(&self) -> io::Result<(Stream, String)> {
+        match self {
+            Self::Tcp(listener) => {
+                let (socket, peer) = listener.accept()?;
+                Ok((Stream::new(socket.into(), true)?, peer.to_string()))
+            }
+            Self::Unix(listener, path) => {
+                let (socket, _) = listener.accept()?;
+                Ok((Stream::new(socket.into(), false)?, path.display().to_string()))
+            }
+        }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(listener) => listener.as_fd(),
+            Self::Unix(listener, _) => listener.as_fd(),
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Self::Unix(_, path) = self {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Bytes of which a given place is a multiple of 4096 in memory, as direct I/O wants it.
+pub(crate) struct Aligned {
+    bytes: Vec<u8>,
+    start: usize,
+}
+
+impl Aligned {
+    /// `length` bytes, the first of them aligned.
+    pub(crate) fn new(length: usize) -> Self {
+        let bytes = vec![0; length + 4096];
+        let start = bytes.as_ptr().align_offset(4096).min(4096);
+        Self { bytes, start }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.bytes.len() - 4096
+    }
+
+    pub(crate) fn slice(&self, range: std::ops::Range<usize>) -> &[u8] {
+        &self.bytes[self.start + range.start..self.start + range.end]
+    }
+
+    pub(crate) fn slice_mut(&mut self, range: std::ops::Range<usize>) -> &mut [u8] {
+        &mut self.bytes[self.start + range.start..self.start + range.end]
+    }
+}
