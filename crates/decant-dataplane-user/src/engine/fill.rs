@@ -178,7 +178,7 @@ impl Engine {
         for plan in plans {
             let bytes = self.shape.bytes_of(plan.blocks.clone());
             let length = (bytes.end - bytes.start) as u32;
-            origin.request(Fetch { token: plan.token, offset: bytes.start, length, want: Want::Data });
+            origin.request(Fetch { token: plan.token, offset: bytes.start, length, want: Want::Data, urgent: plan.class == decant_clone::Class::Demand });
         }
     }
 

@@ -231,7 +231,7 @@ impl Engine {
             token
         };
         let bytes = self.shape.bytes_of(blocks);
-        origin.request(Fetch { token, offset: bytes.start, length: (bytes.end - bytes.start) as u32, want: Want::Digests });
+        origin.request(Fetch { token, offset: bytes.start, length: (bytes.end - bytes.start) as u32, want: Want::Digests, urgent: false });
         Ok(())
     }
 
