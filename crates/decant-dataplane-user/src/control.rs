@@ -17,7 +17,9 @@ use std::path::{Path, PathBuf};
 
 use decant_base::{Bytes, Epoch, ExtentSet, MigrationId, VolumeId};
 use decant_dataplane::{CloneStatus, Failure, FailureCode, Geometry, MissingPolicy, Origin, Verification};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -195,8 +197,10 @@ pub enum VolumeRequest {
         /// The origin, should it have moved since the clone was assembled.
         clone: CloneWork,
     },
-    /// Compares and drops the map. `Verified`.
+    /// Compares what was fetched with what the origin served. `Verified`.
     Verify,
+    /// The metadata says that the volume is whole: the clone's map goes. `Done`.
+    DropMap,
     /// Limits hydration. `Done`.
     Limit {
         /// Bytes per second.
@@ -371,7 +375,10 @@ pub fn connect(path: &Path) -> std::io::Result<UnixStream> {
 pub fn ask(path: &Path, request: &KeeperRequest) -> Result<KeeperReply, Failure> {
     let lost = |error: std::io::Error| Failure {
         code: FailureCode::Retry,
-        message: format!("the volume's keeper does not answer on {}: {error}; it is started again with the next attempt", path.display()),
+        message: format!(
+            "the volume's keeper does not answer on {}: {error}; it is started again with the next attempt",
+            path.display()
+        ),
     };
     let stream = connect(path).map_err(lost)?;
     send_line(&stream, request).map_err(lost)?;

@@ -26,6 +26,7 @@ use crate::control::{
     self, ExportWork, KeeperReply, KeeperRequest, KeeperStatus, Lines, VolumeReply, VolumeRequest, VolumeStart, Work,
     send_line,
 };
+use crate::keys::SecretMemory;
 use crate::process;
 use crate::site::SiteConfig;
 
@@ -86,7 +87,8 @@ fn run() -> std::io::Result<ExitCode> {
     process::leave_cgroup(spec.site.worker.as_str(), "_keepers");
     process::harden();
     let listener = control::listen(&paths.socket())?;
-    let keeper = Arc::new(Keeper { spec, state: Mutex::default(), changed: Condvar::new(), one_at_a_time: Mutex::new(()) });
+    let keeper =
+        Arc::new(Keeper { spec, state: Mutex::default(), changed: Condvar::new(), one_at_a_time: Mutex::new(()) });
     let acceptor = Arc::clone(&keeper);
     std::thread::Builder::new().name("accept".into()).spawn(move || acceptor.accept(&listener))?;
     let mut out = std::io::stdout();
@@ -102,7 +104,7 @@ fn run() -> std::io::Result<ExitCode> {
 struct State {
     /// What the volume process is to be; `None`: there is to be none.
     work: Option<Work>,
-    key: Option<Arc<OwnedFd>>,
+    key: Option<Arc<SecretMemory>>,
     /// The connection before there is a device.
     fuse: Option<Arc<OwnedFd>>,
     device: Option<Arc<Device>>,
@@ -141,7 +143,12 @@ impl Keeper {
         self.changed.notify_all();
     }
 
-    fn wait_until<'a>(&self, mut state: MutexGuard<'a, State>, deadline: Option<Instant>, met: impl Fn(&State) -> bool) -> (MutexGuard<'a, State>, bool) {
+    fn wait_until<'a>(
+        &self,
+        mut state: MutexGuard<'a, State>,
+        deadline: Option<Instant>,
+        met: impl Fn(&State) -> bool,
+    ) -> (MutexGuard<'a, State>, bool) {
         while !met(&state) {
             let Some(deadline) = deadline else {
                 state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -171,7 +178,11 @@ impl Keeper {
             drop(state);
             let started = Instant::now();
             let end = self.one_life();
-            pause = if started.elapsed() > SETTLED { Duration::ZERO } else { (pause * 2).max(Duration::from_millis(5)).min(MAX_PAUSE) };
+            pause = if started.elapsed() > SETTLED {
+                Duration::ZERO
+            } else {
+                (pause * 2).max(Duration::from_millis(5)).min(MAX_PAUSE)
+            };
             let state = self.state();
             if state.stopping || state.work.is_none() {
                 pause = Duration::ZERO;
@@ -180,7 +191,11 @@ impl Keeper {
             tracing::warn!(volume = %self.spec.volume, %end, ?pause, "the volume process ended; it is started again");
             // The first death costs no pause: somebody's write waits.
             if pause > Duration::from_millis(5) {
-                drop(self.wait_until(state, Some(Instant::now() + pause), |state| state.stopping || state.work.is_none()));
+                drop(
+                    self.wait_until(state, Some(Instant::now() + pause), |state| {
+                        state.stopping || state.work.is_none()
+                    }),
+                );
             } else {
                 drop(state);
             }
@@ -199,7 +214,7 @@ impl Keeper {
             let start = VolumeStart { site: self.spec.site.clone(), volume: self.spec.volume.clone(), work, resume };
             (start, key, fuse, again)
         };
-        let mut process = match Process::spawn(&start, &key, fuse.as_deref(), again) {
+        let mut process = match Process::spawn(&start, key.as_fd(), fuse.as_deref(), again) {
             Ok(process) => process,
             Err(error) => {
                 let message = format!("{} volume cannot be started: {error}", start.site.exe.display());
@@ -227,7 +242,10 @@ impl Keeper {
             state.pid = None;
             state.restarts += u64::from(state.work.is_some() && !state.stopping);
             if state.trouble.is_none() && !state.proved {
-                state.refuse(failure(FailureCode::Retry, format!("the volume process died at its start: {end}; see volume.log")));
+                state.refuse(failure(
+                    FailureCode::Retry,
+                    format!("the volume process died at its start: {end}; see volume.log"),
+                ));
             }
         });
         end
@@ -256,7 +274,8 @@ impl Keeper {
     fn serve(&self, stream: &UnixStream) {
         let is_ours = rustix::net::sockopt::socket_peercred(stream).is_ok_and(|peer| peer.uid.is_root());
         if !is_ours {
-            let _ = send_line(stream, &Err::<KeeperReply, _>(failure(FailureCode::Refused, "only root may ask a keeper")));
+            let _ =
+                send_line(stream, &Err::<KeeperReply, _>(failure(FailureCode::Refused, "only root may ask a keeper")));
             return;
         }
         let mut lines = Lines::new(stream);
@@ -285,8 +304,8 @@ impl Keeper {
             KeeperRequest::Status => return Ok(KeeperReply::Status(Box::new(self.status()))),
             KeeperRequest::Volume { request } => return self.call(&request).map(|reply| KeeperReply::Volume { reply }),
             KeeperRequest::Header => {
-                let (header, digest) = files::header_area(&self.spec)?;
-                return Ok(KeeperReply::Header { header, digest });
+                let header = files::header_area(&self.spec)?;
+                return Ok(KeeperReply::Header { header: header.base64, digest: header.digest });
             }
             _ => {}
         }
@@ -339,10 +358,13 @@ impl Keeper {
     fn call(&self, request: &VolumeRequest) -> Answer {
         let deadline = Instant::now() + RESTART_PATIENCE;
         loop {
-            let (state, _) = self.wait_until(self.state(), Some(deadline), |state| state.link.is_some() || state.work.is_none());
+            let (state, _) =
+                self.wait_until(self.state(), Some(deadline), |state| state.link.is_some() || state.work.is_none());
             let Some(link) = state.link.clone() else {
                 let trouble = state.trouble.clone();
-                return Err(trouble.unwrap_or_else(|| failure(FailureCode::Retry, "the volume process does not run; it is being started")));
+                return Err(trouble.unwrap_or_else(|| {
+                    failure(FailureCode::Retry, "the volume process does not run; it is being started")
+                }));
             };
             drop(state);
             match link.send(request.clone()).recv() {
@@ -507,7 +529,7 @@ impl State {
             (VolumeRequest::Begin { clone, .. }, _) => {
                 work.clone = Some(control::CloneWork { begun: true, ..clone.clone() });
             }
-            (VolumeRequest::Verify, VolumeReply::Verified { .. }) => work.clone = None,
+            (VolumeRequest::DropMap, _) => work.clone = None,
             (VolumeRequest::Limit { rate }, _) => work.limit = *rate,
             (VolumeRequest::Policy { policy }, _) => work.policy = *policy,
             _ => {}

@@ -33,6 +33,9 @@ pub struct Metadata {
     /// The port that the volume's exports had; tried first for the next one, so that a peer finds it again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
+    /// SHA-256, hex, of the header as it was sent for a migration.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exported: Option<(MigrationId, String)>,
     /// Limit of hydration, bytes per second.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<Bytes>,
@@ -134,6 +137,7 @@ impl Metadata {
             epoch: Epoch::default(),
             state,
             port: None,
+            exported: None,
             limit: None,
             policy: MissingPolicy::default(),
             verified: None,

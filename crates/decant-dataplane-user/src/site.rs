@@ -41,6 +41,13 @@ pub struct TlsFiles {
     pub key: PathBuf,
 }
 
+impl TlsFiles {
+    /// As [`crate::tls`] reads them.
+    pub fn paths(&self) -> crate::tls::Paths {
+        crate::tls::Paths { ca: self.ca.clone(), cert: self.cert.clone(), key: self.key.clone() }
+    }
+}
+
 impl SiteConfig {
     /// Where the files of all volumes are.
     pub fn volumes_dir(&self) -> PathBuf {

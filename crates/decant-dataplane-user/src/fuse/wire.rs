@@ -55,22 +55,45 @@ const FOREVER_S: u64 = 1 << 30;
 /// What the kernel wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {
-    /// Negotiation; the kernel's minor number and flags.
-    Init { major: u32, flags: u64 },
-    /// A name in a directory: whether it is the file's.
-    Lookup { is_file: bool },
+    /// Negotiation.
+    Init {
+        /// The kernel's major number.
+        major: u32,
+        /// What it offers.
+        flags: u64,
+    },
+    /// A name in a directory.
+    Lookup {
+        /// Whether it is the file's.
+        is_file: bool,
+    },
     /// Attributes of a node.
     Attributes,
     /// Opens a node.
     Open,
     /// Reads.
-    Read { offset: u64, size: u32 },
+    Read {
+        /// Bytes.
+        offset: u64,
+        /// Bytes.
+        size: u32,
+    },
     /// Writes the data that follows the head.
-    Write { offset: u64, size: u32 },
+    Write {
+        /// Bytes.
+        offset: u64,
+        /// Bytes.
+        size: u32,
+    },
     /// Makes what was acknowledged durable.
     Sync,
     /// The range reads as zeros from here on.
-    Discard { offset: u64, length: u64 },
+    Discard {
+        /// Bytes.
+        offset: u64,
+        /// Bytes.
+        length: u64,
+    },
     /// An allocation that is neither a hole nor zeros.
     UnsupportedAllocation,
     /// Size of the file system, block size of the device's discards.

@@ -36,8 +36,9 @@ impl Connection {
     /// Makes the device; a volume process must be serving the connection.
     pub(super) fn device(self, sector_size: u32, name: &Name) -> Result<Device, Failure> {
         let refused = |message: String| Failure { code: FailureCode::Retry, message };
-        let backing = rustix::fs::openat(&self.root, "volume", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|error| refused(format!("the volume's file does not open through FUSE: {error}; see volume.log")))?;
+        let backing = rustix::fs::openat(&self.root, "volume", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(
+            |error| refused(format!("the volume's file does not open through FUSE: {error}; see volume.log")),
+        )?;
         let disk =
             LoopDevice::create(backing.as_fd(), sector_size, name).map_err(|error| refused(error.to_string()))?;
         // From here on the loop device alone keeps the file system alive.

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -67,12 +67,18 @@ pub(super) struct Process {
 
 impl Process {
     /// Starts one and hands it its descriptors and its work. `again`: it follows a predecessor that died.
-    pub(super) fn spawn(start: &VolumeStart, key: &OwnedFd, fuse: Option<&OwnedFd>, again: bool) -> std::io::Result<Self> {
+    pub(super) fn spawn(
+        start: &VolumeStart,
+        key: BorrowedFd<'_>,
+        fuse: Option<&OwnedFd>,
+        again: bool,
+    ) -> std::io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
         let log = open_log(start)?;
         let mut command = Command::new(&start.site.exe);
         command
-            .args(["volume", start.site.worker.as_str(), start.volume.as_str()])
+            // The flag tells this process from the command that makes and lists volumes.
+            .args(["volume", "--process", start.site.worker.as_str(), start.volume.as_str()])
             .stdin(OwnedFd::from(theirs))
             .stdout(Stdio::null())
             .stderr(log);
@@ -83,7 +89,7 @@ impl Process {
         let child = command.spawn()?;
         // From here on the child is reaped whatever happens.
         let process = Self { child, lines: Lines::new(ours.try_clone()?), stream: ours };
-        let descriptors: Vec<_> = [Some(key), fuse].into_iter().flatten().map(AsFd::as_fd).collect();
+        let descriptors: Vec<_> = [Some(key), fuse.map(AsFd::as_fd)].into_iter().flatten().collect();
         send_descriptors(&process.stream, &descriptors)?;
         send_line(&process.stream, &Numbered { number: 0, body: start })?;
         Ok(process)
