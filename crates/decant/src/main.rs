@@ -3,7 +3,10 @@
 mod cli;
 mod demo;
 mod http;
+mod processes;
 
-fn main() -> std::process::ExitCode {
-    cli::main()
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    processes::start().unwrap_or_else(cli::main)
 }
