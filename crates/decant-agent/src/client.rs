@@ -136,6 +136,8 @@ impl ClientError {
 pub struct Client {
     target: Arc<Target>,
     idle: Arc<Mutex<Vec<SendRequest<Full<Bytes>>>>>,
+    /// SHA-256, hex, of the certificate that the agent showed last.
+    certificate: Arc<Mutex<Option<String>>>,
     timeout: Duration,
 }
 
@@ -151,7 +153,12 @@ impl Client {
     }
 
     fn new(target: Target) -> Self {
-        Self { target: Arc::new(target), idle: Arc::default(), timeout: Duration::from_secs(30) }
+        Self {
+            target: Arc::new(target),
+            idle: Arc::default(),
+            certificate: Arc::default(),
+            timeout: Duration::from_secs(30),
+        }
     }
 
     /// The same client with another limit on how long one answer may take; 30 s unless said.
@@ -191,6 +198,18 @@ impl Client {
         let connection = self.connect().await?;
         self.keep(connection);
         Ok(())
+    }
+
+    /// Opens a new connection in any case.
+    pub(crate) async fn connect_once(&self) -> Result<(), ClientError> {
+        let connection = self.connect().await?;
+        self.keep(connection);
+        Ok(())
+    }
+
+    /// SHA-256, hex, of the certificate that the agent showed last; `None` before the first connection and on a unix socket.
+    pub fn peer_certificate(&self) -> Option<String> {
+        self.certificate.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The event log from after number `after`, then live, until the connection breaks. Resume with the last sequence.
@@ -270,7 +289,8 @@ impl Client {
             match &*self.target {
                 Target::Unix(path) => self.handshake(UnixStream::connect(path).await.map_err(unreachable)?).await,
                 Target::Tls(target) => {
-                    let (stream, _) = connect_tls(target).await.map_err(unreachable)?;
+                    let (stream, certificate) = connect_tls(target).await.map_err(unreachable)?;
+                    *self.certificate.lock().unwrap_or_else(PoisonError::into_inner) = Some(certificate);
                     self.handshake(stream).await
                 }
             }

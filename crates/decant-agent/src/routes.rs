@@ -1,0 +1,218 @@
+//! Where a machine is reached: from this worker's own rows if they know, else from the worker that does.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use decant_api::{Route, RouteState};
+use decant_base::{Epoch, MachineId, WorkerId};
+use decant_drain::handoff::State;
+use decant_drain::migration::Phase;
+use decant_drain::{Desired, Life, Row};
+use futures_util::future::join_all;
+use tokio::time::Instant;
+
+use crate::config::Config;
+use crate::core::{Snapshot, read_spec};
+use crate::peers::{Peer, Peers};
+use crate::view;
+
+/// Machines do not move in circles; a longer chain of handovers is followed by the next question.
+const MAX_HOPS: usize = 4;
+/// How long a peer may take beyond the wait that it was asked for.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Between questions while nobody knows.
+const PAUSE: Duration = Duration::from_millis(25);
+
+/// What an asker knows already; the answer is held back while it would be the same.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Known {
+    pub(crate) state: RouteState,
+    pub(crate) epoch: Epoch,
+    pub(crate) worker: Option<WorkerId>,
+}
+
+impl Known {
+    fn of(route: &Route) -> Self {
+        Self { state: route.state, epoch: route.epoch, worker: route.worker.clone() }
+    }
+}
+
+/// Answers.
+pub(crate) struct Routes {
+    config: Arc<Config>,
+    rows: Arc<Snapshot>,
+    peers: Arc<Peers>,
+    /// Who answered for a machine last.
+    hints: Mutex<HashMap<MachineId, WorkerId>>,
+}
+
+impl Routes {
+    pub(crate) fn new(config: Arc<Config>, rows: Arc<Snapshot>, peers: Arc<Peers>) -> Self {
+        Self { config, rows, peers, hints: Mutex::default() }
+    }
+
+    /// What this worker's own rows say, held back for up to `wait` while that is nothing new.
+    pub(crate) async fn local(&self, machine: &MachineId, known: Option<&Known>, wait: Duration) -> Route {
+        let deadline = Instant::now() + wait;
+        let mut changes = self.rows.changes();
+        loop {
+            changes.borrow_and_update();
+            let route = self.own(machine).unwrap_or_else(|| unknown(machine));
+            if is_news(&route, known) || tokio::time::timeout_at(deadline, changes.changed()).await.is_err() {
+                return route;
+            }
+        }
+    }
+
+    /// Where `machine` is, held back for up to `wait` while that is nothing new; without `known`, while it is nowhere.
+    pub(crate) async fn find(&self, machine: &MachineId, known: Option<&Known>, wait: Duration) -> Route {
+        let deadline = Instant::now() + wait;
+        // The first answer comes at once; then whoever gave it is asked to tell when it changes.
+        let mut route = self.ask(machine, None, Duration::ZERO).await;
+        while !is_news(&route, known) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            let before = Known::of(&route);
+            route = self.ask(machine, Some(&before), left).await;
+            if route.state == RouteState::Unknown {
+                tokio::time::sleep(PAUSE.min(left)).await;
+            }
+        }
+        route
+    }
+
+    async fn ask(&self, machine: &MachineId, known: Option<&Known>, wait: Duration) -> Route {
+        let own = self.own(machine);
+        if let Some(route) = &own
+            && route.state != RouteState::Moved
+        {
+            return if wait.is_zero() { route.clone() } else { self.local(machine, known, wait).await };
+        }
+        let hint = own.as_ref().and_then(|route| route.worker.clone()).or_else(|| self.hint(machine));
+        let mut best = own;
+        let mut next = hint;
+        for _ in 0..MAX_HOPS {
+            let Some(peer) = next.take().and_then(|worker| self.peers.get(&worker)) else { break };
+            let Some(route) = self.ask_peer(peer, machine, known, wait).await else { break };
+            self.remember(machine, &peer.config.worker);
+            let moved_on = route.state == RouteState::Moved && route.worker.as_ref() != Some(&peer.config.worker);
+            next = route.worker.clone().filter(|worker| moved_on && *worker != self.config.worker);
+            if best.as_ref().is_none_or(|best| best.epoch <= route.epoch) && route.state != RouteState::Unknown {
+                best = Some(route);
+            }
+            if next.is_none() && best.is_some() {
+                return best.unwrap_or_else(|| unknown(machine));
+            }
+        }
+        self.ask_all(machine, best, known, wait).await
+    }
+
+    /// Nobody who should know does: everybody is asked, and the highest epoch is right.
+    async fn ask_all(&self, machine: &MachineId, best: Option<Route>, known: Option<&Known>, wait: Duration) -> Route {
+        let answers = self.peers.all().map(|peer| async move {
+            (peer.config.worker.clone(), self.ask_peer(peer, machine, None, Duration::ZERO).await)
+        });
+        let answers = join_all(answers).await;
+        let found = answers
+            .into_iter()
+            .filter_map(|(worker, route)| Some((worker, route.filter(|route| route.state != RouteState::Unknown)?)))
+            .max_by_key(|(_, route)| (route.epoch, route.state == RouteState::Moved && route.worker.is_some()));
+        let Some((worker, route)) =
+            found.filter(|(_, route)| best.as_ref().is_none_or(|best| route.epoch >= best.epoch))
+        else {
+            let route = best.unwrap_or_else(|| unknown(machine));
+            // Nobody to ask for a change: the next round comes after a pause.
+            if known == Some(&Known::of(&route)) {
+                tokio::time::sleep(PAUSE.min(wait)).await;
+            }
+            return route;
+        };
+        self.remember(machine, &worker);
+        route
+    }
+
+    async fn ask_peer(&self, peer: &Peer, machine: &MachineId, known: Option<&Known>, wait: Duration) -> Option<Route> {
+        let mut path = format!("{}&scope=local", decant_api::path::route(machine, millis(wait)));
+        if let Some(known) = known {
+            // What we call "moved there" the peer itself calls "here".
+            let is_there = known.state == RouteState::Moved && known.worker.as_ref() == Some(&peer.config.worker);
+            let state = serde_json::to_value(if is_there { RouteState::Here } else { known.state }).ok()?;
+            path += &format!("&known_epoch={}&known_state={}", known.epoch, state.as_str()?);
+            if let Some(worker) = &known.worker {
+                path += &format!("&known_worker={worker}");
+            }
+        }
+        let route = peer.client.clone().with_timeout(wait + PATIENCE).get::<Route>(&path).await.ok()?;
+        let is_there = route.state == RouteState::Here;
+        Some(if is_there {
+            Route { state: RouteState::Moved, worker: Some(peer.config.worker.clone()), ..route }
+        } else {
+            route
+        })
+    }
+
+    fn hint(&self, machine: &MachineId) -> Option<WorkerId> {
+        self.hints.lock().unwrap_or_else(PoisonError::into_inner).get(machine).cloned()
+    }
+
+    fn remember(&self, machine: &MachineId, worker: &WorkerId) {
+        self.hints.lock().unwrap_or_else(PoisonError::into_inner).insert(machine.clone(), worker.clone());
+    }
+
+    fn own(&self, machine: &MachineId) -> Option<Route> {
+        of_row(&self.config, &*self.rows.machine(machine)?)
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn unknown(machine: &MachineId) -> Route {
+    Route { machine: machine.clone(), state: RouteState::Unknown, worker: None, address: None, epoch: Epoch(0) }
+}
+
+fn is_news(route: &Route, known: Option<&Known>) -> bool {
+    match known {
+        Some(known) => Known::of(route) != *known,
+        None => matches!(route.state, RouteState::Here | RouteState::Moved),
+    }
+}
+
+/// What a row says; `None` if it says nothing about where the machine is.
+pub(crate) fn of_row(config: &Config, row: &Row) -> Option<Route> {
+    let spec = read_spec(row.spec.as_ref()?).ok()?;
+    let at = |state, worker: &WorkerId, epoch| {
+        let address = view::address(config, &spec, worker);
+        Some(Route { machine: row.machine.clone(), state, worker: Some(worker.clone()), address, epoch })
+    };
+    let migration = row.migration.as_ref();
+    match &row.state {
+        State::Moving { epoch, to, .. }
+            if migration.is_some_and(|m| matches!(m.phase, Phase::Prepared | Phase::Stopped)) =>
+        {
+            at(RouteState::Moving, to, epoch.next())
+        }
+        State::Active { epoch } | State::Moving { epoch, .. } => match (row.life, row.desired) {
+            (Life::Up, _) => at(RouteState::Here, &row.worker, *epoch),
+            (_, Desired::Running) => at(RouteState::Moving, &row.worker, *epoch),
+            _ => at(RouteState::Unknown, &row.worker, *epoch),
+        },
+        State::Sealed { epoch, to, .. } => {
+            let is_theirs = migration.is_some_and(|migration| migration.accepted || migration.phase >= Phase::Granted);
+            at(if is_theirs { RouteState::Moved } else { RouteState::Moving }, to, epoch.next())
+        }
+        State::Released { .. } | State::None => {
+            let went = row.went.as_ref()?;
+            at(RouteState::Moved, &went.to, went.epoch)
+        }
+        // Not ours yet: whoever hands it over knows.
+        State::Prepared { .. } => {
+            let migration = migration?;
+            at(RouteState::Moved, &migration.peer, Epoch(migration.epoch.0.saturating_sub(1)))
+        }
+    }
+}
