@@ -91,7 +91,10 @@ impl Engine {
         if self.phase.load(Ordering::Acquire) != CLONE {
             return Err(VerifyError::Stuck("the volume is no clone".into()));
         }
-        *lock(&self.digests.answers) = Answers { next: lock(&self.digests.answers).next, ..Answers::default() };
+        {
+            let mut answers = lock(&self.digests.answers);
+            *answers = Answers { next: answers.next, ..Answers::default() };
+        }
         // Pages not yet written would be compared in memory only.
         self.flush().map_err(|_| self.stuck())?;
         let (mut ahead, mut buffer) = (0, Aligned::new((COMPARE * BLOCK) as usize));
