@@ -438,7 +438,7 @@ pub(crate) fn not_booted(draft: &mut Draft) {
     hydrate(draft);
     // Filling needs the device, up or down.
     if draft.row.device.is_none() && draft.row.wait.is_none() {
-        draft.drive_life();
+        life::rest(draft);
     }
 }
 

@@ -10,7 +10,7 @@ use crate::points::Point;
 use crate::row::{Life, Row};
 use crate::vocabulary::{Body, Denied, Effect, MachineCommand, Message, Step, Sync};
 use crate::wait;
-use crate::{destination, life, source};
+use crate::{destination, source};
 
 /// A step in the making.
 pub(crate) struct Draft {
@@ -105,12 +105,6 @@ impl Draft {
     /// Performs what the migration's phase wants.
     pub(crate) fn drive_migration(&mut self) {
         let effects = migration_effects(&self.row);
-        self.effects.extend(effects);
-    }
-
-    /// Performs what the machine wants to be as desired.
-    pub(crate) fn drive_life(&mut self) {
-        let effects = life::effects(&self.row);
         self.effects.extend(effects);
     }
 

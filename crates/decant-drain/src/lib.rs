@@ -11,6 +11,8 @@
 //! 2. for each message, outcome of an effect, timer or order: `step(&row, event, now)`; journal `step.row`
 //!    ([`Sync`] says whether it must be durable before the effects are performed); perform `step.effects` in order,
 //!    those of one machine one after another, `Send` and `Wake` beside them; feed each outcome back as an event;
+//!    A step's effects may be left out if the machine's queue ends with the very same ones already; nothing else may be
+//!    left out or overtake (a start before a stop is not the same as one after it);
 //! 3. one timer per row: the last [`Effect::Wake`] replaces the one before.
 //!
 //! A `Denied` changes nothing and is for the one who asked.

@@ -108,8 +108,12 @@ pub(crate) fn reconsider(draft: &mut Draft) {
     rest(draft);
 }
 
-/// Down and not to be up: takes the device away unless the clone still fills.
-fn rest(draft: &mut Draft) {
+/// Goes on from where the machine is: starts it when its device is there, or takes the device away when it is down to
+/// stay and the clone does not fill.
+pub(crate) fn rest(draft: &mut Draft) {
+    if may_run(&draft.row).is_none() {
+        return;
+    }
     let row = &mut draft.row;
     if row.life == Life::Down && row.desired != Desired::Running && row.device.is_some() && !is_filling(row) {
         row.life = Life::Detaching;
@@ -117,7 +121,8 @@ fn rest(draft: &mut Draft) {
     if row.life == Life::Down && row.desired == Desired::Running && (row.device.is_some() || row.volume.is_none()) {
         row.life = Life::Starting;
     }
-    draft.drive_life();
+    let effects = effects(&draft.row);
+    draft.effects.extend(effects);
 }
 
 /// The device is there.
@@ -159,20 +164,24 @@ pub(crate) fn plane(draft: &mut Draft, command: &Command, result: Result<Outcome
 pub(crate) fn machine(draft: &mut Draft, command: &MachineCommand, result: Result<(), Failure>) -> Result<(), Denied> {
     let Some(epoch) = may_run(&draft.row) else { return Err(Denied::Unawaited) };
     match (command, draft.row.life, result) {
-        (MachineCommand::Start { epoch: at, .. }, Life::Starting, result) if *at == epoch => match result {
-            Ok(()) => {
-                draft.row.life = Life::Up;
-                draft.row.wait = None;
-                destination::booted(draft);
+        (MachineCommand::Start { epoch: at, .. }, Life::Down | Life::Starting, result)
+            if *at == epoch && draft.row.desired == Desired::Running =>
+        {
+            match result {
+                Ok(()) => {
+                    draft.row.life = Life::Up;
+                    draft.row.wait = None;
+                    destination::booted(draft);
+                }
+                Err(failure) => {
+                    // From the device on: it may be what failed.
+                    draft.row.life = Life::Down;
+                    draft.row.device = None;
+                    failed(draft, "machine-start", &failure);
+                    destination::not_booted(draft);
+                }
             }
-            Err(failure) => {
-                // From the device on: it may be what failed.
-                draft.row.life = Life::Down;
-                draft.row.device = None;
-                failed(draft, "machine-start", &failure);
-                destination::not_booted(draft);
-            }
-        },
+        }
         (MachineCommand::Stop { .. }, Life::Stopping, result) => match result {
             Ok(()) => {
                 draft.row.wait = None;

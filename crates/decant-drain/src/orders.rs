@@ -166,7 +166,7 @@ fn forget_origin(draft: &mut Draft) -> Result<(), Denied> {
 /// Whatever is stuck or waits for its time: now.
 fn retry(draft: &mut Draft) {
     if draft.row.veto.is_none() && draft.row.wait.take().is_some() {
-        draft.drive_life();
+        life::rest(draft);
     }
     let is_waiting = |wait: &crate::wait::Wait| wait.severity != Severity::Waiting || wait.retry_ms.is_some();
     if draft.row.migration.as_ref().and_then(|migration| migration.wait.as_ref()).is_some_and(is_waiting)

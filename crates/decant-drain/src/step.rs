@@ -61,7 +61,7 @@ fn restarted(draft: &mut Draft) {
         source::restarted(draft);
         destination::restarted(draft);
     }
-    draft.drive_life();
+    life::rest(draft);
     draft.drive_migration();
     expire(draft);
 }
@@ -72,7 +72,7 @@ fn due(draft: &mut Draft) {
     let now_ms = draft.now_ms;
     if let Some(wait) = draft.row.wait.as_mut().filter(|wait| wait.is_due(now_ms)) {
         wait.retry_ms = None;
-        draft.drive_life();
+        life::rest(draft);
     }
     expire(draft);
 }
