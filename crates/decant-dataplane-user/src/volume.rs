@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use decant_base::ExtentSet;
 use decant_clone::Shape;
@@ -31,6 +32,8 @@ use crate::tls::{Fingerprint, Identity};
 
 /// Threads that serve the file: the medium below may block each, and two or three keep a disk busy.
 const FUSE_THREADS: usize = 4;
+/// How long `Assemble` waits for a session: a TCP and a TLS handshake over any distance on earth take less.
+const ORIGIN_PATIENCE: Duration = Duration::from_secs(5);
 
 /// The volume process's entry point. Its arguments, worker and volume, are for people who look at a process list.
 pub fn main(_arguments: &[String]) -> ExitCode {
@@ -113,13 +116,13 @@ struct Volume {
     engine: Arc<Engine>,
     export: Mutex<Option<OpenExport>>,
     /// The origin that the engine was last given.
-    clone: Mutex<Option<CloneWork>>,
+    origin: Mutex<Option<(CloneWork, Arc<NbdOrigin>)>>,
 }
 
 impl Volume {
     fn open(start: VolumeStart, key: &OwnedFd, fuse: Option<OwnedFd>) -> Result<Self, Failure> {
         let engine = open_engine(&start, key)?;
-        let volume = Self { engine, export: Mutex::default(), clone: Mutex::default(), start };
+        let volume = Self { engine, export: Mutex::default(), origin: Mutex::default(), start };
         let work = &volume.start.work;
         volume.engine.set_limit(work.limit.map(|limit| limit.0));
         volume.engine.set_policy(work.policy);
@@ -161,11 +164,14 @@ impl Volume {
                 self.engine.begin(live, epoch).map_err(|error| open_failure(&error))?;
                 self.connect(clone).map(|()| VolumeReply::Done)
             }
+            VolumeRequest::AwaitOrigin => self.await_origin(),
             VolumeRequest::Verify => self.verify(),
             VolumeRequest::DropMap => {
                 self.engine.drop_map().map_err(|error| {
                     failure(FailureCode::Retry, format!("the clone's map cannot be removed: {error}"))
                 })?;
+                lock(&self.origin).take();
+                self.engine.drop_origin();
                 Ok(VolumeReply::Done)
             }
             VolumeRequest::Limit { rate } => {
@@ -210,8 +216,8 @@ impl Volume {
 
     /// Connects to the origin, unless it is the one already. Does not wait for the session: the status says when it is up.
     fn connect(&self, clone: CloneWork) -> Result<(), Failure> {
-        let mut current = lock(&self.clone);
-        if current.as_ref().is_some_and(|current| current.origin == clone.origin) {
+        let mut current = lock(&self.origin);
+        if current.as_ref().is_some_and(|(current, _)| current.origin == clone.origin) {
             return Ok(());
         }
         let refused = |error: &dyn std::error::Error| {
@@ -219,11 +225,23 @@ impl Volume {
         };
         let pinned: Fingerprint = clone.origin.certificate.parse().map_err(|error| refused(&error))?;
         let tls = self.identity()?.client(pinned).map_err(|error| refused(&error))?;
+        // The old one first: its last word on its link must not come after the new one's first.
+        self.engine.drop_origin();
         let options = origin::Options::for_clone(&clone.origin, tls, self.engine.shape().size());
         let nbd = NbdOrigin::open(options, self.engine.clone()).map_err(|error| refused(&error))?;
-        self.engine.set_origin(nbd, &clone.origin.address.to_string());
-        *current = Some(clone);
+        self.engine.set_origin(nbd.clone(), &clone.origin.address.to_string());
+        *current = Some((clone, nbd));
         Ok(())
+    }
+
+    /// Waits for the first session, so that what hinders one is known before the source's machine is stopped.
+    fn await_origin(&self) -> Result<VolumeReply, Failure> {
+        let origin = lock(&self.origin).as_ref().map(|(_, origin)| Arc::clone(origin));
+        let Some(origin) = origin else { return Ok(VolumeReply::Done) };
+        match origin.wait_connected(ORIGIN_PATIENCE) {
+            Ok(_) => Ok(VolumeReply::Done),
+            Err(error) => Err(failure(FailureCode::Retry, format!("no session with the origin: {}", chain(&error)))),
+        }
     }
 
     fn open_export(&self, work: &ExportWork) -> Result<u16, Failure> {
