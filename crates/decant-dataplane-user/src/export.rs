@@ -240,6 +240,3 @@ fn start(shared: &Arc<Shared>, serial: u64, stream: crate::stream::Stream, peer:
         Err(error) => tracing::warn!(%error, "cannot serve an NBD connection"),
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -269,6 +269,3 @@ impl Shared {
         now().checked_add(wait)
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -310,7 +310,8 @@ impl ClientCertVerifier for PinnedClient {
 pub(crate) fn explain(error: &Error) -> String {
     match error {
         Error::InvalidCertificate(CertificateError::Other(OtherError(cause))) => cause.to_string(),
-        Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
+        // Another CA, of another name or of the same.
+        Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature) => {
             "the peer's certificate is not from this fleet's CA".into()
         }
         Error::NoCertificatesPresented => "the peer showed no certificate".into(),
