@@ -15,6 +15,9 @@ pub struct Status {
     /// What it waits for or what went wrong, in words; `None` when there is nothing to say.
     #[serde(default)]
     pub reason: Option<String>,
+    /// Whether writing /data back failed when it was stopped: what the program wrote last may not be on the device.
+    #[serde(default)]
+    pub unclean: bool,
     /// Times the program was started again since `go`.
     pub restarts: u32,
     /// How the program ended last.
@@ -50,6 +53,9 @@ pub enum State {
     Stopped,
     /// It cannot go on; `reason` says why. Stop clears it.
     Failed,
+    /// Its shim is gone without having stopped it: killed, and all of the machine with it, or the host was restarted. Only a
+    /// driver says this.
+    Lost,
 }
 
 /// How a program ended.

@@ -1,0 +1,150 @@
+//! Errands: what may take long or hang in the kernel is done by a forked child, so that the shim can always answer and kill.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{CWD, FileType, Gid, Mode, OFlags, Uid};
+use rustix::mount::{MountFlags, UnmountFlags};
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Pid, Signal};
+
+use super::program::DATA;
+use crate::protocol::Device;
+use crate::sys;
+
+/// Where the volume's device node stands while it is being mounted; only root could open it, and nobody inside is.
+const NODE: &str = "/dev/.data";
+
+/// What a child is out for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Task {
+    /// Mounts the volume at /data.
+    Mount,
+    /// Writes back and unmounts /data.
+    Unmount,
+    /// Writes back.
+    Sync,
+    /// Trims.
+    Trim,
+}
+
+/// How an errand went. Numbers are 0 or an error number.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Report {
+    /// Of the task itself.
+    pub(super) error: i32,
+    /// Of the write-back before an unmount, which goes on all the same.
+    pub(super) sync_error: i32,
+    /// For a trim.
+    pub(super) trimmed_bytes: u64,
+}
+
+/// A child on its way.
+pub(super) struct Errand {
+    pub(super) task: Task,
+    pub(super) pid: Pid,
+    pub(super) began: Instant,
+    pub(super) report: File,
+}
+
+impl Errand {
+    fn fork(task: Task, work: impl FnOnce() -> Report) -> io::Result<Self> {
+        let (report, tell) = pipe_with(PipeFlags::CLOEXEC)?;
+        let began = Instant::now();
+        let pid = sys::fork(|| {
+            // Whoever waits for the shim's sockets and pipes to close does not wait for an errand.
+            sys::close_all_but(&[tell.as_raw_fd()]);
+            let result = work();
+            let mut bytes = [0; 16];
+            bytes[0..4].copy_from_slice(&result.error.to_ne_bytes());
+            bytes[4..8].copy_from_slice(&result.sync_error.to_ne_bytes());
+            bytes[8..16].copy_from_slice(&result.trimmed_bytes.to_ne_bytes());
+            let _ = File::from(tell).write_all(&bytes);
+            0
+        })?;
+        Ok(Self { task, pid, began, report: File::from(report) })
+    }
+
+    pub(super) fn mount(device: &Device, uid: u32, gid: u32) -> io::Result<Self> {
+        Self::fork(Task::Mount, || Report { error: number(mount(device, uid, gid)), ..Report::default() })
+    }
+
+    pub(super) fn unmount() -> io::Result<Self> {
+        Self::fork(Task::Unmount, || {
+            // An unmount says nothing of what it could not write; syncfs does.
+            let sync_error = number(sync());
+            let error = number(rustix::mount::unmount(DATA, UnmountFlags::empty()).map_err(Into::into));
+            Report { error, sync_error, trimmed_bytes: 0 }
+        })
+    }
+
+    pub(super) fn sync() -> io::Result<Self> {
+        Self::fork(Task::Sync, || Report { error: number(sync()), ..Report::default() })
+    }
+
+    pub(super) fn trim() -> io::Result<Self> {
+        Self::fork(Task::Trim, || match data().and_then(|data| sys::trim(std::os::fd::AsFd::as_fd(&data))) {
+            Ok(trimmed_bytes) => Report { trimmed_bytes, ..Report::default() },
+            Err(error) => Report { error: number(Err(error)), ..Report::default() },
+        })
+    }
+
+    /// After `report` became readable: what it says. A child that died without a word was killed.
+    pub(super) fn result(&mut self) -> Report {
+        let mut bytes = [0; 16];
+        if self.report.read_exact(&mut bytes).is_err() {
+            return Report { error: libc::EINTR, ..Report::default() };
+        }
+        let word = |at: usize| i32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        let (low, high) = (u64::from(word(8).cast_unsigned()), u64::from(word(12).cast_unsigned()));
+        let trimmed_bytes = if cfg!(target_endian = "little") { high << 32 | low } else { low << 32 | high };
+        Report { error: word(0), sync_error: word(4), trimmed_bytes }
+    }
+
+    pub(super) fn kill(&self) {
+        let _ = rustix::process::kill_process(self.pid, Signal::KILL);
+    }
+
+    pub(super) fn took(&self) -> Duration {
+        self.began.elapsed()
+    }
+}
+
+fn number(result: io::Result<()>) -> i32 {
+    result.err().map_or(0, |error| error.raw_os_error().unwrap_or(libc::EIO))
+}
+
+fn data() -> io::Result<File> {
+    let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+    Ok(File::from(rustix::fs::open(DATA, flags, Mode::empty())?))
+}
+
+fn sync() -> io::Result<()> {
+    Ok(rustix::fs::syncfs(data()?)?)
+}
+
+/// Whether something is mounted at /data.
+pub(super) fn is_mounted() -> bool {
+    let device = |path: &str| std::fs::metadata(path).map(|meta| std::os::unix::fs::MetadataExt::dev(&meta));
+    matches!((device("/"), device(DATA)), (Ok(root), Ok(data)) if root != data)
+}
+
+/// Mounts ext4 without `discard`: trims are explicit, so that deletes cost no round trips to the volume. On first use the
+/// root of the file system is given to the machine's user.
+fn mount(device: &Device, uid: u32, gid: u32) -> io::Result<()> {
+    let _ = std::fs::remove_file(NODE);
+    let number = rustix::fs::makedev(device.major, device.minor);
+    rustix::fs::mknodat(CWD, NODE, FileType::BlockDevice, Mode::from_raw_mode(0o600), number)?;
+    let flags = MountFlags::NODEV | MountFlags::NOSUID;
+    let mounted = rustix::mount::mount(NODE, DATA, "ext4", flags, c"nodiscard");
+    std::fs::remove_file(NODE)?;
+    mounted?;
+    let owner = std::os::unix::fs::MetadataExt::uid(&std::fs::metadata(Path::new(DATA))?);
+    if owner == 0 {
+        rustix::fs::chown(DATA, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
+    }
+    Ok(())
+}
