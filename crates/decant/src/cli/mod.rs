@@ -2,6 +2,8 @@
 
 mod agent;
 mod ca;
+mod daemon;
+mod clone;
 pub(crate) mod doctor;
 mod drain;
 mod failure;
@@ -65,6 +67,10 @@ impl Global {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
+    /// Run a worker's agent: its API, its peers, its journal.
+    Agent(daemon::DaemonArgs),
+    /// Run a worker's proxy: clients' connections to wherever their machine runs.
+    Proxy(daemon::DaemonArgs),
     /// Workers: list, show, cordon, uncordon.
     #[command(subcommand)]
     Worker(worker::Command),
@@ -84,6 +90,8 @@ pub(crate) enum Verb {
     /// Certificates: init, issue.
     #[command(subcommand)]
     Ca(ca::Command),
+    /// Clone any NBD export into a file, without a worker; or ask a clone how far it is.
+    Clone(Box<clone::CloneArgs>),
     /// Whether this machine can be a worker.
     Doctor(doctor::DoctorArgs),
     /// See one real drain happen on this machine, and every acknowledged write checked.
@@ -100,6 +108,8 @@ pub(crate) fn main() -> ExitCode {
         Err(error) => return misused(&error),
     };
     let result = match verb {
+        Verb::Agent(args) => daemon::agent(&args),
+        Verb::Proxy(args) => daemon::proxy(&args),
         Verb::Worker(command) => worker::run(&command, &global),
         Verb::Volume(command) => volume::run(&command, &global),
         Verb::Machine(command) => machine::run(*command, &global),
@@ -107,6 +117,7 @@ pub(crate) fn main() -> ExitCode {
         Verb::Migration(command) => migration::run(&command, &global),
         Verb::Why(args) => why::run(&args, &global),
         Verb::Ca(command) => ca::run(&command, &global),
+        Verb::Clone(args) => clone::run(*args, &global),
         Verb::Doctor(args) => doctor::run(&args, &global),
         Verb::Demo(args) => return crate::demo::main(&args).into(),
         Verb::DemoOrders(args) => return crate::demo::orders::main(&args),
