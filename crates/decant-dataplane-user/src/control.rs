@@ -197,6 +197,8 @@ pub enum VolumeRequest {
         /// The origin, should it have moved since the clone was assembled.
         clone: CloneWork,
     },
+    /// Waits a few seconds for a session with the origin. `Done`.
+    AwaitOrigin,
     /// Compares what was fetched with what the origin served. `Verified`.
     Verify,
     /// The metadata says that the volume is whole: the clone's map goes. `Done`.

@@ -77,6 +77,11 @@ impl UserPlane {
         Ok(Self { certificate: identity.fingerprint().to_string(), site, metadata: Mutex::new(()) })
     }
 
+    /// SHA-256 fingerprint, hex, of this worker's certificate: the `peer` of exports for it.
+    pub fn certificate(&self) -> &str {
+        &self.certificate
+    }
+
     fn paths(&self, volume: &VolumeId) -> VolumePaths {
         self.site.paths(volume)
     }

@@ -24,7 +24,7 @@ use crate::control::{
 use crate::device::Exported;
 use crate::engine::{self, Engine, Files, Mode, OpenError, VerifyError};
 use crate::export::{self, Server};
-use crate::fuse::{Backend, Session};
+use crate::fuse::{Backend, Served, Session};
 use crate::keys::SecretMemory;
 use crate::origin::{self, NbdOrigin};
 use crate::process;
@@ -281,7 +281,16 @@ impl Volume {
             return Err(failure(FailureCode::NotYet, message));
         }
         let port = self.open_export(work)?;
-        let live = self.engine.seal().map_err(|error| self.failed(&format!("the volume cannot be sealed: {error}")))?;
+        let mut live =
+            self.engine.seal().map_err(|error| self.failed(&format!("the volume cannot be sealed: {error}")))?;
+        // Nobody has it mounted: what a clean file system does not need is not moved.
+        let plaintext = |offset: u64, buffer: &mut [u8]| match self.engine.read(offset, buffer) {
+            Ok(Served::Done) => Some(()),
+            _ => None,
+        };
+        for run in crate::ext4::unneeded(&plaintext, self.engine.shape().size(), &live).all().iter() {
+            live.remove(run.range());
+        }
         if let Some(open) = &mut *lock(&self.export) {
             open.work.sealed = true;
             open.server.wake();

@@ -82,6 +82,7 @@ impl UserPlane {
             state => return Err(not_prepared(volume, migration, state)),
         }
         let device = self.assembled(volume, origin)?;
+        self.ask_volume(volume, VolumeRequest::AwaitOrigin)?;
         Ok(Outcome::Attached { device })
     }
 

@@ -1,0 +1,364 @@
+//! Volumes that move between two workers on loopback: mutual TLS, different header sizes, deaths on the way.
+
+mod support;
+
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use decant_base::{Bytes, Epoch, ExtentSet};
+use decant_dataplane::{
+    Command, Failure, FailureCode, Geometry, MissingPolicy, Origin, Outcome, Seal, Verification, VolumeState,
+};
+use support::{Worker, World, cannot_run, eventually, kill, migration, mount, run, unmount, volume};
+
+/// What the source handed over in prepare.
+struct Opened {
+    origin: Origin,
+    geometry: Geometry,
+    header: String,
+    room: Bytes,
+}
+
+fn open_export(source: &Worker, destination: &Worker, id: &str) -> Opened {
+    let peer = destination.plane.certificate().to_owned();
+    match source.perform(Command::OpenExport { volume: volume("v"), migration: migration(id), peer }) {
+        Ok(Outcome::ExportOpened { origin, geometry, header, room }) => Opened { origin, geometry, header, room },
+        other => panic!("open export: {other:?}"),
+    }
+}
+
+fn prepare(destination: &Worker, opened: &Opened, id: &str) -> Result<Outcome, Failure> {
+    destination.perform(Command::Prepare {
+        volume: volume("v"),
+        migration: migration(id),
+        geometry: opened.geometry.clone(),
+        header: opened.header.clone(),
+        room: opened.room,
+    })
+}
+
+fn assemble(destination: &Worker, opened: &Opened, id: &str) -> PathBuf {
+    let command = Command::Assemble { volume: volume("v"), migration: migration(id), origin: opened.origin.clone() };
+    match destination.perform(command) {
+        Ok(Outcome::Attached { device }) => device,
+        other => panic!("assemble: {other:?}"),
+    }
+}
+
+fn seal(source: &Worker, destination: &Worker, id: &str) -> Result<Seal, Failure> {
+    let peer = destination.plane.certificate().to_owned();
+    match source.perform(Command::Seal { volume: volume("v"), migration: migration(id), peer })? {
+        Outcome::Sealed(seal) => Ok(seal),
+        other => panic!("seal: {other:?}"),
+    }
+}
+
+fn begin(destination: &Worker, opened: &Opened, seal: &Seal, id: &str) -> PathBuf {
+    let command = Command::Begin {
+        volume: volume("v"),
+        migration: migration(id),
+        epoch: Epoch(2),
+        origin: opened.origin.clone(),
+        seal: seal.clone(),
+    };
+    match destination.perform(command) {
+        Ok(Outcome::Attached { device }) => device,
+        other => panic!("begin: {other:?}"),
+    }
+}
+
+fn verified(destination: &Worker, id: &str) -> Verification {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        match destination.perform(Command::Verify { volume: volume("v"), migration: migration(id) }) {
+            Ok(Outcome::Verified(verification)) => return verification,
+            Err(failure) if failure.code == FailureCode::NotYet => {
+                assert!(Instant::now() < deadline, "never verified: {failure}, {:?}", destination.status("v").clone);
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            other => panic!("verify: {other:?}"),
+        }
+    }
+}
+
+fn content() -> Vec<u8> {
+    (0..12 << 20).map(|n: u32| (n / 4096 * 31 + n % 7) as u8 | 1).collect()
+}
+
+/// A volume "v" with a file system and 12 MiB in it, attached and mounted.
+fn source_volume(world: &World, source: &Worker, size: Bytes) -> PathBuf {
+    source.create("v", size);
+    let device = source.attach("v");
+    let at = world.mount_point("at-source");
+    mount(&device, &at);
+    std::fs::write(at.join("file"), content()).unwrap();
+    std::fs::write(at.join("dropped"), content()).unwrap();
+    run("sync", &["-f", at.to_str().unwrap()]);
+    std::fs::remove_file(at.join("dropped")).unwrap();
+    run("sync", &["-f", at.to_str().unwrap()]);
+    run("fstrim", &[at.to_str().unwrap()]);
+    at
+}
+
+#[test]
+fn a_volume_moves_to_a_smaller_header_and_back() {
+    if cannot_run("a_volume_moves_to_a_smaller_header_and_back") {
+        return;
+    }
+    let world = World::new();
+    let source = world.worker("large-header", Bytes::mib(16));
+    let destination = world.worker("small-header", Bytes::mib(4));
+    let at = source_volume(&world, &source, Bytes::mib(128));
+
+    let opened = open_export(&source, &destination, "m-1");
+    assert_eq!(open_export(&source, &destination, "m-1").origin, opened.origin, "again: the same");
+    assert_eq!(prepare(&destination, &opened, "m-1"), Ok(Outcome::Done));
+    assert_eq!(prepare(&destination, &opened, "m-1"), Ok(Outcome::Done), "again: the same");
+    assert_eq!(destination.status("v").state, VolumeState::Prepared);
+    let device = assemble(&destination, &opened, "m-1");
+
+    let busy = seal(&source, &destination, "m-1").unwrap_err();
+    assert_eq!(busy.code, FailureCode::Retry, "{busy}");
+    assert!(busy.message.contains("still used"), "{busy}");
+    // A refused seal takes nothing away from the machine.
+    std::fs::write(at.join("late"), b"written after a refused seal").unwrap();
+    unmount(&at);
+
+    let begun = Instant::now();
+    let sealed = seal(&source, &destination, "m-1").unwrap();
+    let seal_took = begun.elapsed();
+    let begun = Instant::now();
+    assert_eq!(begin(&destination, &opened, &sealed, "m-1"), device);
+    println!("seal {seal_took:?}, begin {:?}", begun.elapsed());
+    assert_eq!(source.status("v").state, VolumeState::Sealed);
+    assert_eq!(seal(&source, &destination, "m-1"), Ok(sealed.clone()), "again: the same");
+    assert_eq!(begin(&destination, &opened, &sealed, "m-1"), device, "again: the same");
+    assert_eq!(destination.status("v").epoch, Epoch(2));
+
+    let there = world.mount_point("at-destination");
+    mount(&device, &there);
+    assert_eq!(std::fs::read(there.join("file")).unwrap(), content());
+    assert_eq!(std::fs::read(there.join("late")).unwrap(), b"written after a refused seal");
+    std::fs::write(there.join("new"), b"written while it fills").unwrap();
+    run("sync", &["-f", there.to_str().unwrap()]);
+    destination.kill_volume("v");
+    let found = verified(&destination, "m-1");
+    assert!(found.compared > 0 && found.overwritten > 0, "{found:?}");
+    assert_eq!(verified(&destination, "m-1"), found, "again: the same");
+    assert_eq!(destination.status("v").state, VolumeState::Attached);
+    assert_eq!(destination.status("v").header_bytes, Bytes::mib(4));
+    assert!(!destination.site.paths(&volume("v")).map().exists());
+
+    // The source goes: nothing is missing.
+    assert_eq!(source.perform(Command::Free { volume: volume("v") }), Ok(Outcome::Done));
+    assert_eq!(source.status("v").state, VolumeState::Freed);
+    assert_eq!(source.status("v").allocated, Bytes::ZERO);
+    source.assert_nothing_left("v");
+    unmount(&there);
+    mount(&device, &there);
+    assert_eq!(std::fs::read(there.join("file")).unwrap(), content());
+    unmount(&there);
+    run("fsck.ext4", &["-fn", device.to_str().unwrap()]);
+    // cryptsetup locks what the volume process has locked.
+    destination.detach("v");
+    let image = destination.site.paths(&volume("v")).image();
+    let key = world.directory.path().join("keys/v.key");
+    let (image, key) = (image.to_str().unwrap().to_owned(), key.to_str().unwrap().to_owned());
+    run("cryptsetup", &["open", "--test-passphrase", "--key-file", &key, "--type", "luks2", &image]);
+
+    // And back, onto what was freed.
+    let opened = open_export(&destination, &source, "m-2");
+    assert_eq!(prepare(&source, &opened, "m-2"), Ok(Outcome::Done));
+    assemble(&source, &opened, "m-2");
+    let sealed = seal(&destination, &source, "m-2").unwrap();
+    let device = begin(&source, &opened, &sealed, "m-2");
+    mount(&device, &at);
+    assert_eq!(std::fs::read(at.join("new")).unwrap(), b"written while it fills");
+    verified(&source, "m-2");
+    unmount(&at);
+    source.detach("v");
+    source.assert_nothing_left("v");
+    assert_eq!(destination.perform(Command::Delete { volume: volume("v") }), Ok(Outcome::Done));
+    destination.assert_nothing_left("v");
+}
+
+#[test]
+fn a_sealed_volume_survives_its_host_and_a_cancel_gives_it_back() {
+    if cannot_run("a_sealed_volume_survives_its_host_and_a_cancel_gives_it_back") {
+        return;
+    }
+    let world = World::new();
+    let source = world.worker("from", Bytes::mib(4));
+    let destination = world.worker("to", Bytes::mib(16));
+    let at = source_volume(&world, &source, Bytes::mib(64));
+    let opened = open_export(&source, &destination, "m-1");
+    prepare(&destination, &opened, "m-1").unwrap();
+    assemble(&destination, &opened, "m-1");
+    unmount(&at);
+    let sealed = seal(&source, &destination, "m-1").unwrap();
+    let refusal = source.perform(Command::Attach { volume: volume("v") }).unwrap_err();
+    assert_eq!(refusal.code, FailureCode::Refused, "{refusal}");
+
+    // What a restart of the host leaves is the disk.
+    for worker in [&source, &destination] {
+        kill(worker.keeper("v").unwrap().pid);
+        eventually("the keeper is gone", || worker.keeper("v").is_none());
+    }
+    assert_eq!(seal(&source, &destination, "m-1"), Ok(sealed.clone()));
+    let device = begin(&destination, &opened, &sealed, "m-1");
+    let there = world.mount_point("at-destination");
+    mount(&device, &there);
+    assert_eq!(std::fs::read(there.join("file")).unwrap(), content());
+    unmount(&there);
+    // Killed in the middle of filling, then begun again from its map.
+    kill(destination.keeper("v").unwrap().pid);
+    eventually("the keeper is gone", || destination.keeper("v").is_none());
+    let device = destination.attach("v");
+    mount(&device, &there);
+    assert_eq!(std::fs::read(there.join("file")).unwrap(), content());
+    unmount(&there);
+    let abandon = Command::Abandon { volume: volume("v"), migration: migration("m-1") };
+    assert_eq!(destination.perform(abandon), Ok(Outcome::Done));
+    assert_eq!(destination.status("v").state, VolumeState::Hydrating, "a begun volume is not abandoned");
+    assert_eq!(destination.perform(Command::Delete { volume: volume("v") }), Ok(Outcome::Done));
+
+    let close = Command::CloseExport { volume: volume("v"), migration: migration("m-1") };
+    assert_eq!(source.perform(close.clone()), Ok(Outcome::Done));
+    assert_eq!(source.perform(close), Ok(Outcome::Done));
+    source.assert_nothing_left("v");
+    let device = source.attach("v");
+    mount(&device, &at);
+    assert_eq!(std::fs::read(at.join("file")).unwrap(), content());
+    unmount(&at);
+    source.detach("v");
+}
+
+#[test]
+fn ninety_reads_wait_while_a_write_and_a_sync_complete() {
+    if cannot_run("ninety_reads_wait_while_a_write_and_a_sync_complete") {
+        return;
+    }
+    let world = World::new();
+    let source = world.worker("stalls", Bytes::mib(4));
+    let destination = world.worker("waits", Bytes::mib(4));
+    let at = source_volume(&world, &source, Bytes::mib(64));
+    let opened = open_export(&source, &destination, "m-1");
+    prepare(&destination, &opened, "m-1").unwrap();
+    assemble(&destination, &opened, "m-1");
+    unmount(&at);
+    let sealed = seal(&source, &destination, "m-1").unwrap();
+    // The origin is gone before the first block.
+    kill(source.keeper("v").unwrap().pid);
+    eventually("the origin is gone", || source.keeper("v").is_none());
+    let device = begin(&destination, &opened, &sealed, "m-1");
+
+    let missing: Vec<u64> = sealed.live.iter().flat_map(|run| run.range()).collect();
+    let blocks: Vec<u64> = missing.iter().copied().step_by((missing.len() / 90).max(1)).take(90).collect();
+    assert_eq!(blocks.len(), 90);
+    let read = |block: u64| {
+        let device = device.clone();
+        std::thread::spawn(move || {
+            let file = std::fs::File::options().read(true).custom_flags(libc::O_DIRECT).open(device).unwrap();
+            let mut buffer = vec![0; 8192];
+            let start = buffer.as_ptr().align_offset(4096);
+            file.read_exact_at(&mut buffer[start..start + 4096], block * 4096)
+                .map(|()| buffer[start..start + 4096].to_vec())
+        })
+    };
+    let parked = |worker: &Worker| worker.status("v").clone.map_or(0, |clone| clone.parked_reads);
+    let readers: Vec<_> = blocks.iter().map(|&block| read(block)).collect();
+    eventually("90 reads are parked", || parked(&destination) >= 90);
+
+    // One block that nobody waits for is written and synced.
+    let free = missing.iter().copied().find(|block| !blocks.contains(block)).unwrap();
+    let file = std::fs::File::options().read(true).write(true).custom_flags(libc::O_DIRECT).open(&device).unwrap();
+    let mut buffer = vec![9; 8192];
+    let start = buffer.as_mut_ptr().align_offset(4096);
+    file.write_all_at(&buffer[start..start + 4096], free * 4096).unwrap();
+    file.sync_all().unwrap();
+    assert!(parked(&destination) >= 90, "the reads still wait");
+
+    // A stop frees them.
+    let policy = |policy| destination.perform(Command::Policy { volume: volume("v"), policy });
+    assert_eq!(policy(MissingPolicy::Eio), Ok(Outcome::Done));
+    for reader in readers {
+        let error = reader.join().unwrap().unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    }
+    assert_eq!(parked(&destination), 0);
+    assert_eq!(policy(MissingPolicy::Wait), Ok(Outcome::Done));
+
+    // Reads that wait complete when the origin is back.
+    let readers: Vec<_> = blocks.iter().map(|&block| read(block)).collect();
+    eventually("90 reads are parked", || parked(&destination) >= 90);
+    seal(&source, &destination, "m-1").unwrap();
+    let raw = readers.into_iter().map(|reader| reader.join().unwrap().unwrap());
+    assert!(raw.enumerate().all(|(n, bytes)| bytes.len() == 4096 && blocks[n] > 0 || bytes.len() == 4096));
+    verified(&destination, "m-1");
+    drop(file);
+    destination.detach("v");
+    destination.assert_nothing_left("v");
+}
+
+#[test]
+fn a_destination_that_cannot_refuses_and_leaves_nothing() {
+    if cannot_run("a_destination_that_cannot_refuses_and_leaves_nothing") {
+        return;
+    }
+    let world = World::new();
+    let source = world.worker("gives", Bytes::mib(4));
+    let destination = world.worker("cannot", Bytes::mib(4));
+    let stranger = world.worker("stranger", Bytes::mib(4));
+    source.create("v", Bytes::mib(16));
+    let opened = open_export(&source, &destination, "m-1");
+    let refused = |opened: &Opened, what: &str| {
+        let refusal = prepare(&destination, opened, "m-1").unwrap_err();
+        assert_eq!(refusal.code, FailureCode::Refused, "{refusal}");
+        assert!(refusal.message.contains(what), "{refusal}");
+        assert!(!destination.site.paths(&volume("v")).state.exists(), "nothing half-made is left");
+        destination.assert_nothing_left("v");
+    };
+    let but = |change: &dyn Fn(&mut Opened)| {
+        let mut other = open_export(&source, &destination, "m-1");
+        change(&mut other);
+        other
+    };
+    refused(&but(&|opened| opened.room = Bytes(1 << 60)), "no room");
+    refused(&but(&|opened| opened.geometry.cipher = "cipher_null-ecb".into()), "cipher");
+    refused(&but(&|opened| opened.geometry.sector_size = 512), "sector size");
+    refused(&but(&|opened| opened.header = "AAAA".into()), "header");
+    let key = world.directory.path().join("keys/v.key");
+    let right = std::fs::read(&key).unwrap();
+    std::fs::write(&key, "another passphrase").unwrap();
+    refused(&opened, "passphrase");
+    std::fs::write(&key, right).unwrap();
+
+    // A stranger with a certificate of the same fleet does not get in.
+    prepare(&stranger, &opened, "m-1").unwrap();
+    let command = Command::Assemble { volume: volume("v"), migration: migration("m-1"), origin: opened.origin.clone() };
+    let refusal = stranger.perform(command).unwrap_err();
+    assert_eq!(refusal.code, FailureCode::Retry, "{refusal}");
+    let abandon = || Command::Abandon { volume: volume("v"), migration: migration("m-1") };
+    assert_eq!(stranger.perform(abandon()), Ok(Outcome::Done));
+    stranger.assert_nothing_left("v");
+    assert!(!stranger.site.paths(&volume("v")).state.exists());
+
+    // A seal of another header than the one prepared from is not begun.
+    prepare(&destination, &opened, "m-1").unwrap();
+    assemble(&destination, &opened, "m-1");
+    let wrong = Seal { live: ExtentSet::new(), header_digest: "00".repeat(32) };
+    let command = Command::Begin {
+        volume: volume("v"),
+        migration: migration("m-1"),
+        epoch: Epoch(2),
+        origin: opened.origin.clone(),
+        seal: wrong,
+    };
+    assert_eq!(destination.perform(command).unwrap_err().code, FailureCode::Stuck);
+    assert_eq!(destination.perform(abandon()), Ok(Outcome::Done));
+    destination.assert_nothing_left("v");
+    let close = Command::CloseExport { volume: volume("v"), migration: migration("m-1") };
+    assert_eq!(source.perform(close), Ok(Outcome::Done));
+    source.assert_nothing_left("v");
+}
