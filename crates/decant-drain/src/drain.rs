@@ -7,11 +7,14 @@
 //!     │              blockers│  │timer, retry  │  │timer, retry            │
 //!     │                      ▼  │              ▼  │                        │
 //!     │                     blocked ◀── some machine cannot go             │
-//!     └──────────────┬───────┴─────────────────┴───────────────────────────┘
-//!                    │ cancel, deadline
-//!                    ▼
+//!     └──────────────┬───────┴─────────────────┘                           │ cancel
+//!                    │ cancel, deadline                                    ▼
+//!                    ▼                                                 cancelled
 //!               cancelling ── what is past its commit point ends there ──▶ cancelled | overdue
 //! ```
+//!
+//! A deadline that passes when the worker is evacuated cannot bring anything back: it is shown, and the drain goes on.
+//! A cancel takes the cordon away again unless it was there before; a deadline leaves it, so that nothing comes back.
 //!
 //! Each worker drains itself: one row per drain and worker. A drain of several workers has one row on each, and each
 //! cordons all of them before it plans, so that machines are not moved from one drained worker to another.
@@ -22,9 +25,14 @@ use decant_base::{Bytes, DrainId, MachineId, MigrationId, WorkerId};
 use serde::{Deserialize, Serialize};
 
 use crate::migration::{Limits, Phase};
-use crate::plan::{Blocker, Fleet, Plan};
+use crate::plan::{Blocker, Fleet, Plan, Serving};
+use crate::points::Point;
 use crate::vocabulary::Sync;
 use crate::wait::Wait;
+
+mod step;
+
+pub use step::{drain_pending, drain_step};
 
 /// Where a drain stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -106,8 +114,12 @@ pub struct DrainMachine {
     pub migration: Option<MigrationId>,
     /// How far that is, as the source sees it.
     pub phase: Option<Phase>,
-    /// Migrations that went back.
+    /// Migrations that went back, ever.
     pub failures: u32,
+    /// How many more may go back before a person must look.
+    pub tries_left: u32,
+    /// Its last migration went back: a place is looked for again.
+    pub needs_place: bool,
     /// Not before this time, milliseconds since the Unix epoch.
     pub retry_ms: Option<u64>,
     /// Why the last one failed; empty if none did.
@@ -135,6 +147,12 @@ pub struct DrainRow {
     pub blockers: Vec<Blocker>,
     /// Its machines.
     pub machines: BTreeMap<MachineId, DrainMachine>,
+    /// Migrations of other drains, or of none, that this worker is still the origin of.
+    #[serde(default)]
+    pub serving: Vec<Serving>,
+    /// The deadline has passed.
+    #[serde(default)]
+    pub overdue: bool,
     /// What it waits for.
     pub wait: Option<Wait>,
 }
@@ -207,7 +225,8 @@ pub enum DrainEffect {
     /// Ask every worker for its facts; [`DrainEvent::Surveyed`].
     Survey,
     /// Order a migration of this worker's machine: [`crate::Order::Move`] with the drain's reason and limits. If denied,
-    /// [`DrainEvent::MoveDenied`]; else its changes come as [`DrainEvent::News`].
+    /// [`DrainEvent::MoveDenied`]; else its changes come as [`DrainEvent::News`]. After [`DrainEvent::Restarted`] the
+    /// present state of every migration of the drain is told once more.
     Move {
         /// Which machine.
         machine: MachineId,
@@ -238,6 +257,8 @@ pub struct DrainStep {
     pub row: DrainRow,
     /// Whether it must be durable before the effects.
     pub sync: Sync,
+    /// The crash points around its commit.
+    pub point: Point,
     /// What to do then.
     pub effects: Vec<DrainEffect>,
 }
@@ -255,19 +276,9 @@ impl DrainRow {
             plan: Plan::default(),
             blockers: Vec::new(),
             machines: BTreeMap::new(),
+            serving: Vec::new(),
+            overdue: false,
             wait: None,
         }
     }
-}
-
-/// What follows from `event`. Pure. An event that does not matter leaves the row [`Sync::Unchanged`] without effects.
-pub fn drain_step(row: &DrainRow, event: DrainEvent, now_ms: u64) -> DrainStep {
-    let _ = (event, now_ms);
-    DrainStep { row: row.clone(), sync: Sync::Unchanged, effects: Vec::new() }
-}
-
-/// What must be (re)performed in this state.
-pub fn drain_pending(row: &DrainRow, now_ms: u64) -> Vec<DrainEffect> {
-    let _ = (row, now_ms);
-    Vec::new()
 }
