@@ -12,6 +12,7 @@ pub mod control;
 pub mod device;
 pub mod engine;
 pub mod export;
+pub mod ext4;
 pub mod fuse;
 pub mod header;
 pub mod keeper;
