@@ -23,8 +23,9 @@ use rustix::mount::UnmountFlags;
 use rustix::process::{Pid, PidfdFlags, Signal};
 
 use crate::addresses::Prefix;
-use crate::netlink::{Counters, Netlink};
+use crate::netlink::{Counters, Mac, Netlink};
 use crate::netns::{NetNs, set_sysctl};
+use crate::switch::{Shape, Switch};
 
 /// Where labs are. Does not outlive a boot.
 pub const LABS: &str = "/run/decant-lab";
@@ -39,6 +40,8 @@ const KEPT: &str = "kept";
 pub struct Lab {
     directory: PathBuf,
     workers: u32,
+    /// Of a lab with shaped links, instead of the bridge.
+    switch: Option<Switch>,
     _lock: File,
 }
 
@@ -69,6 +72,16 @@ fn failed(action: impl Into<String>) -> impl FnOnce(io::Error) -> LabError {
 impl Lab {
     /// Clears labs of dead processes, then makes namespaces for workers 1 to `workers`. `name` is a file name.
     pub fn create(name: &str, workers: u32) -> Result<Self, LabError> {
+        Self::make(name, workers, None)
+    }
+
+    /// As [`Lab::create`], with links that carry no more than `shape` says. There is no bridge and no switch namespace then:
+    /// packets are carried by threads of this process, and the network ends with it.
+    pub fn create_shaped(name: &str, workers: u32, shape: Shape) -> Result<Self, LabError> {
+        Self::make(name, workers, Some(shape))
+    }
+
+    fn make(name: &str, workers: u32, shape: Option<Shape>) -> Result<Self, LabError> {
         let _turn = turn().map_err(failed(format!("take turns in {LABS}")))?;
         sweep_dead()?;
         let directory = Path::new(LABS).join(name);
@@ -76,9 +89,31 @@ impl Lab {
         let lock = lock(&directory)
             .map_err(failed(format!("lock {}", directory.display())))?
             .ok_or_else(|| LabError::InUse { name: name.to_owned() })?;
-        let lab = Self { directory, workers, _lock: lock };
-        lab.wire().map_err(failed(format!("make the network of lab {name}")))?;
+        let mut lab = Self { directory, workers, switch: None, _lock: lock };
+        let wired = match shape {
+            None => lab.wire(),
+            Some(shape) => lab.wire_shaped(shape),
+        };
+        wired.map_err(failed(format!("make the network of lab {name}")))?;
         Ok(lab)
+    }
+
+    fn wire_shaped(&mut self, shape: Shape) -> io::Result<()> {
+        let mut devices = Vec::new();
+        for worker in 1..=self.workers {
+            let (netns, _) = NetNs::ensure(&self.netns(worker))?;
+            let (device, mut netlink) = netns.run(|| {
+                quiet()?;
+                Ok((crate::switch::tun(UPLINK)?, Netlink::open()?))
+            })?;
+            let link = netlink.link(UPLINK)?.ok_or(io::ErrorKind::NotFound)?;
+            netlink.set_mtu(link.index, crate::switch::MTU)?;
+            raise(&mut netlink, UPLINK, self.address(worker))?;
+            netlink.wait_usable(UPLINK, Some(self.address(worker)))?;
+            devices.push(device);
+        }
+        self.switch = Some(Switch::start(devices, shape)?);
+        Ok(())
     }
 
     fn wire(&self) -> io::Result<()> {
@@ -101,8 +136,22 @@ impl Lab {
             inside.set_master(port, bridge)?;
             inside.set_up(port, true)?;
             raise(&mut outside, UPLINK, self.address(worker))?;
+            let uplink = outside.link(UPLINK)?.ok_or(io::ErrorKind::NotFound)?.index;
+            outside.set_mac(uplink, mac(worker))?;
+            outside.wait_usable(UPLINK, Some(self.address(worker)))?;
+            inside.wait_usable(&format!("w{worker}"), None)?;
+            let others =
+                (1..=self.workers).filter(|other| *other != worker).map(|other| (self.address(other), mac(other)));
+            for (address, mac) in others.chain([(self.switch_address(), mac(0))]) {
+                outside.set_neighbour(uplink, address, mac)?;
+            }
         }
-        raise(&mut inside, BRIDGE, self.switch_address())
+        raise(&mut inside, BRIDGE, self.switch_address())?;
+        inside.set_mac(bridge, mac(0))?;
+        for worker in 1..=self.workers {
+            inside.set_neighbour(bridge, self.address(worker), mac(worker))?;
+        }
+        inside.wait_usable(BRIDGE, Some(self.switch_address()))
     }
 
     /// The lab's directory; a good place for its workers' run directories, which a sweep then clears too.
@@ -149,6 +198,10 @@ impl Lab {
 
     /// Cuts the worker off the bridge, or joins it again.
     pub fn set_connected(&self, worker: u32, connected: bool) -> io::Result<()> {
+        if let Some(switch) = &self.switch {
+            switch.set_connected(worker, connected);
+            return Ok(());
+        }
         NetNs::open(&self.switch())?.run(|| {
             let mut netlink = Netlink::open()?;
             let port = netlink.link(&format!("w{worker}"))?.ok_or(io::ErrorKind::NotFound)?;
@@ -157,14 +210,21 @@ impl Lab {
     }
 
     /// Leaves the lab and what runs in it when this process ends, until somebody [`Lab::destroy_named`]s it.
+    ///
+    /// # Errors
+    /// A lab with shaped links cannot be kept: this process carries its packets. It is cleared then.
     pub fn keep(self) -> io::Result<()> {
+        if self.switch.is_some() {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "shaped links end with the process that made them"));
+        }
         File::create(self.directory.join(KEPT))?;
         std::mem::forget(self);
         Ok(())
     }
 
     /// Kills what still runs in the lab's namespaces and removes all of it.
-    pub fn destroy(self) -> Result<(), LabError> {
+    pub fn destroy(mut self) -> Result<(), LabError> {
+        self.switch = None;
         let directory = self.directory.clone();
         std::mem::forget(self);
         clear(&directory).map_err(failed(format!("clear {}", directory.display())))
@@ -241,6 +301,12 @@ fn quiet() -> io::Result<()> {
         set_sysctl(name, value)?;
     }
     Ok(())
+}
+
+/// The hardware address of a worker's uplink, 0 for the bridge.
+fn mac(worker: u32) -> Mac {
+    let [a, b, c, d] = worker.to_be_bytes();
+    [0x02, 0x1a, a, b, c, d]
 }
 
 fn raise(netlink: &mut Netlink, interface: &str, address: Ipv6Addr) -> io::Result<()> {

@@ -9,6 +9,7 @@ mod netlink;
 mod netns;
 pub mod proxy;
 mod route;
+mod switch;
 
 pub use addresses::{MachineAddress, NotAMachine, Prefix, worker_prefix};
 pub use lab::{LABS, Lab, LabError};
@@ -18,3 +19,4 @@ pub use links::{
 pub use netlink::Counters;
 pub use netns::NetNs;
 pub use route::{ResolveError, Resolver, Route, RouteState};
+pub use switch::Shape;

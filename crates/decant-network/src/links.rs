@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use decant_base::MachineId;
 
 use crate::addresses::{MachineAddress, Prefix};
-use crate::netlink::{Hop, Netlink};
+use crate::netlink::{Hop, Mac, Netlink};
 use crate::netns::{NetNs, set_sysctl};
 
 /// The machine's end of its link, as the machine sees it.
@@ -60,6 +60,29 @@ pub struct LinkError {
     pub cause: io::Error,
 }
 
+/// One end of a link.
+struct End {
+    address: Ipv6Addr,
+    link_local: Ipv6Addr,
+    mac: Mac,
+}
+
+impl End {
+    fn worker(address: MachineAddress) -> Self {
+        Self { address: address.gateway(), link_local: LINK_LOCAL_WORKER, mac: mac(0xdc, address) }
+    }
+
+    fn machine(address: MachineAddress) -> Self {
+        Self { address: address.address(), link_local: LINK_LOCAL_MACHINE, mac: mac(0xde, address) }
+    }
+}
+
+/// A locally administered hardware address; only the two ends of one link ever see it.
+fn mac(end: u8, address: MachineAddress) -> Mac {
+    let [a, b, c, d] = address.machine.to_be_bytes();
+    [0x02, end, a, b, c, d]
+}
+
 /// Makes the namespace, the veth pair, addresses, default route and forwarding, or what is missing of them.
 ///
 /// # Errors
@@ -98,19 +121,23 @@ pub fn ensure_machine_link(link: &MachineLink) -> Result<(), LinkError> {
     if let Some(loopback) = inside.link("lo").action(make)? {
         inside.set_up(loopback.index, true).action(|| "bring the machine's loopback up".to_owned())?;
     }
-    let address = |address, length| Prefix { address, length };
-    let plan = [
-        (&mut outside, worker.index, address(link.address.gateway(), 112), LINK_LOCAL_WORKER),
-        (&mut inside, machine.index, address(link.address.address(), 112), LINK_LOCAL_MACHINE),
-    ];
-    for (netlink, index, own, link_local) in plan {
-        let add = || format!("add {own} to link {}", link.interface);
+    let ends = [End::worker(link.address), End::machine(link.address)];
+    for (netlink, index, own, other) in
+        [(&mut outside, worker.index, &ends[0], &ends[1]), (&mut inside, machine.index, &ends[1], &ends[0])]
+    {
+        let add = || format!("add {} to link {}", own.address, link.interface);
         netlink.no_link_local(index).action(add)?;
-        netlink.add_address(index, address(link_local, 64)).action(add)?;
-        netlink.add_address(index, own).action(add)?;
+        netlink.set_mac(index, own.mac).action(add)?;
+        netlink.add_address(index, Prefix { address: own.link_local, length: 64 }).action(add)?;
+        netlink.add_address(index, Prefix { address: own.address, length: 112 }).action(add)?;
         netlink.set_up(index, true).action(make)?;
+        for neighbour in [other.link_local, other.address] {
+            netlink.set_neighbour(index, neighbour, other.mac).action(add)?;
+        }
     }
-    let default = address(Ipv6Addr::UNSPECIFIED, 0);
+    outside.wait_usable(&link.interface, Some(link.address.gateway())).action(make)?;
+    inside.wait_usable(INSIDE, Some(link.address.address())).action(make)?;
+    let default = Prefix { address: Ipv6Addr::UNSPECIFIED, length: 0 };
     inside
         .set_route(default, Hop::Via(link.address.gateway()))
         .action(|| format!("route the machine's packets via {}", link.address.gateway()))

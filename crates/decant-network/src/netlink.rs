@@ -6,6 +6,7 @@
 use std::io;
 use std::net::Ipv6Addr;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink::SocketAddrNetlink};
 
@@ -19,7 +20,9 @@ const NLM_F_CREATE: u16 = 0x400;
 /// `NLA_F_NESTED`: the attribute holds attributes.
 const NESTED: u16 = 0x8000;
 
+const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
+const IFLA_MTU: u16 = 4;
 const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_STATS64: u16 = 23;
@@ -36,8 +39,15 @@ const IFA_FLAGS: u16 = 8;
 const RTA_DST: u16 = 1;
 const RTA_GATEWAY: u16 = 5;
 const RTA_PRIORITY: u16 = 6;
+const NDA_DST: u16 = 1;
+const NDA_LLADDR: u16 = 2;
 /// No link-local address is made: the ones we want are added without duplicate detection, which takes a second.
 const ADDR_GEN_MODE_NONE: u8 = 1;
+
+/// How often a link is looked at until it can be used, a second in all.
+const USABLE_TRIES: u32 = 5000;
+/// Between two looks.
+const USABLE_PAUSE: Duration = Duration::from_micros(200);
 
 /// Bytes and packets that an interface has carried.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -52,9 +62,14 @@ pub struct Counters {
     pub sent_packets: u64,
 }
 
+/// A hardware address.
+pub(crate) type Mac = [u8; 6];
+
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Link {
     pub(crate) index: u32,
+    /// Whether the kernel has noticed that both ends are up. Until then it drops what is sent.
+    pub(crate) running: bool,
     pub(crate) counters: Counters,
 }
 
@@ -184,7 +199,37 @@ impl Netlink {
             }
             rest = rest.get(size.next_multiple_of(4)..).unwrap_or_default();
         }
-        Ok(Some(Link { index: read_u32(&body, 4), counters }))
+        let running = read_u32(&body, 8) & libc::IFF_RUNNING as u32 != 0;
+        Ok(Some(Link { index: read_u32(&body, 4), running, counters }))
+    }
+
+    /// Waits until the interface, which is up and has `address`, carries packets to it. The kernel does two things in the
+    /// background: it notices the carrier, and it takes up an address that was added. A connection's first packet that
+    /// comes before is lost, and sent again after a second only.
+    pub(crate) fn wait_usable(&mut self, name: &str, address: Option<Ipv6Addr>) -> io::Result<()> {
+        for _ in 0..USABLE_TRIES {
+            let running = self.link(name)?.is_none_or(|link| link.running);
+            if running && address.map_or(Ok(true), |address| self.is_local(address))? {
+                return Ok(());
+            }
+            std::thread::sleep(USABLE_PAUSE);
+        }
+        Err(io::Error::new(io::ErrorKind::TimedOut, format!("link {name} does not come up")))
+    }
+
+    /// Whether packets to `address` are delivered here.
+    fn is_local(&mut self, address: Ipv6Addr) -> io::Result<bool> {
+        let mut body = [0; 12];
+        body[0] = libc::AF_INET6 as u8;
+        body[1] = 128;
+        let mut message = Message::new(libc::RTM_GETROUTE, 0, &body);
+        message.attribute(RTA_DST, &address.octets());
+        match self.request(message) {
+            // struct rtmsg: the type of the route is its eighth byte.
+            Ok(route) => Ok(route.is_some_and(|route| route.get(7) == Some(&libc::RTN_LOCAL))),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENETUNREACH | libc::EHOSTUNREACH)) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Makes a veth pair: `name` here, `peer` in the namespace `peer_netns`, both down.
@@ -231,6 +276,33 @@ impl Netlink {
     pub(crate) fn set_up(&mut self, index: u32, up: bool) -> io::Result<()> {
         let flag = libc::IFF_UP as u32;
         self.request(Message::new(libc::RTM_NEWLINK, 0, &ifinfomsg(index, if up { flag } else { 0 }, flag))).map(drop)
+    }
+
+    /// Gives the interface a hardware address.
+    pub(crate) fn set_mac(&mut self, index: u32, mac: Mac) -> io::Result<()> {
+        let mut message = Message::new(libc::RTM_NEWLINK, 0, &ifinfomsg(index, 0, 0));
+        message.attribute(IFLA_ADDRESS, &mac);
+        self.request(message).map(drop)
+    }
+
+    /// Says for good where a neighbour is. Asking (neighbour discovery) can take a second right after a link was made: the
+    /// neighbour joins the group in which it is asked for in the background.
+    pub(crate) fn set_neighbour(&mut self, index: u32, address: Ipv6Addr, mac: Mac) -> io::Result<()> {
+        // struct ndmsg: family, pad, ifindex, state, flags, type.
+        let mut body = [0; 12];
+        body[0] = libc::AF_INET6 as u8;
+        body[4..8].copy_from_slice(&index.to_ne_bytes());
+        body[8..10].copy_from_slice(&libc::NUD_PERMANENT.to_ne_bytes());
+        let mut message = Message::new(libc::RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, &body);
+        message.attribute(NDA_DST, &address.octets());
+        message.attribute(NDA_LLADDR, &mac);
+        self.request(message).map(drop)
+    }
+
+    pub(crate) fn set_mtu(&mut self, index: u32, bytes: u32) -> io::Result<()> {
+        let mut message = Message::new(libc::RTM_NEWLINK, 0, &ifinfomsg(index, 0, 0));
+        message.number(IFLA_MTU, bytes);
+        self.request(message).map(drop)
     }
 
     /// Makes the interface a port of the bridge `master`.

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use decant_base::MachineId;
 use decant_network::{
-    Lab, MachineAddress, MachineLink, NetNs, ensure_machine_link, ensure_route, ensure_worker, remove_machine_link,
-    worker_prefix,
+    Lab, MachineAddress, MachineLink, NetNs, Shape, ensure_machine_link, ensure_route, ensure_worker,
+    remove_machine_link, worker_prefix,
 };
 
 fn lab(test: &str, workers: u32) -> Option<Lab> {
@@ -156,4 +156,54 @@ fn a_lab_counts_bytes_can_be_cut_and_leaves_nothing() {
     assert!(!directory.exists());
     let table = std::fs::read_to_string("/proc/self/mountinfo").expect("mounts");
     assert!(!table.contains(&*directory.to_string_lossy()));
+}
+
+#[test]
+fn shaped_links_have_the_rate_and_the_delay_they_were_given() {
+    if !rustix::process::geteuid().is_root() || !std::path::Path::new("/dev/net/tun").exists() {
+        println!("SKIP shaped links: need root and /dev/net/tun");
+        return;
+    }
+    let shape = Shape { bits_per_s: 100_000_000, delay: Duration::from_millis(5) };
+    let lab = Lab::create_shaped(&format!("test-shape-{}", std::process::id()), 2, shape).expect("a lab");
+    route_all(&lab, 2);
+    let link = link(&lab, 1, "orders", 7);
+    lab.enter(1, || ensure_machine_link(&link).map_err(io::Error::other)).expect("a link");
+    let server = serve(&link, "shaped");
+    let began = Instant::now();
+    assert_eq!(ask(&lab, 2, link.address.address()).expect("an answer"), "shaped");
+    let took = began.elapsed();
+    server.join().expect("the server");
+    // There and back for the handshake, and one way for the answer that the server sends unasked.
+    assert!(took >= Duration::from_millis(15) && took < Duration::from_millis(300), "{took:?}");
+
+    let address = lab.address(1);
+    let listener = lab.enter(1, || TcpListener::bind((address, 0))).expect("a listener");
+    let port = listener.local_addr().expect("an address").port();
+    const BYTES: usize = 6 << 20;
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().expect("a connection");
+        stream.write_all(&vec![7; BYTES]).expect("sent");
+    });
+    let mut bytes = Vec::new();
+    let began = Instant::now();
+    lab.enter(2, || TcpStream::connect((address, port))?.read_to_end(&mut bytes)).expect("received");
+    let took = began.elapsed();
+    server.join().expect("the server");
+    let mbit = BYTES as f64 * 8.0 / took.as_secs_f64() / 1e6;
+    println!("{mbit:.0} Mbit/s");
+    assert_eq!(bytes.len(), BYTES);
+    assert!((30.0..101.0).contains(&mbit), "{mbit:.0} Mbit/s");
+    let counted = lab.counters(2).expect("counters").received_bytes as usize;
+    assert!((BYTES..BYTES + BYTES / 25).contains(&counted), "{counted}");
+
+    lab.set_connected(1, false).expect("cut");
+    let cut = lab.enter(2, || {
+        TcpStream::connect_timeout(&SocketAddrV6::new(address, port, 0, 0).into(), Duration::from_millis(100))
+    });
+    assert_eq!(cut.expect_err("cut").kind(), io::ErrorKind::TimedOut);
+    lab.set_connected(1, true).expect("joined");
+    let refused = lab.enter(2, || TcpStream::connect((address, port))).expect_err("nobody listens");
+    assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+    lab.destroy().expect("destroyed");
 }
