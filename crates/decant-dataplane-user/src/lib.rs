@@ -23,6 +23,7 @@ pub mod origin;
 pub mod plane;
 pub mod process;
 pub mod site;
+pub mod standalone;
 mod stream;
 pub mod tls;
 pub mod volume;

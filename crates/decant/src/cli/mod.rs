@@ -2,8 +2,8 @@
 
 mod agent;
 mod ca;
-mod daemon;
 mod clone;
+mod daemon;
 pub(crate) mod doctor;
 mod drain;
 mod failure;
