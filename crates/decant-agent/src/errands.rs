@@ -6,8 +6,9 @@ use std::time::Duration;
 use decant_api::Cordon;
 use decant_base::{Bytes, WorkerId};
 use decant_drain::drain::{DrainEffect, DrainEvent, DrainRow};
-use decant_drain::plan::{Fleet, MachineFacts, WorkerFacts};
-use decant_drain::{Event, Move, Order};
+use decant_drain::handoff::State;
+use decant_drain::plan::{Fleet, MachineFacts, Serving, WorkerFacts};
+use decant_drain::{Event, Move, Order, Row};
 use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -117,7 +118,14 @@ pub(crate) async fn survey(agent: &Arc<Agent>) -> Fleet {
         fleet.workers.push(facts.worker);
         fleet.machines.extend(facts.machines);
     }
+    // Until these are released this worker is not safe to power off, whoever ordered their moves.
+    fleet.serving = agent.rows.machines().iter().filter_map(|row| serving(row)).collect();
     fleet
+}
+
+fn serving(row: &Row) -> Option<Serving> {
+    let State::Sealed { to, migration, .. } = &row.state else { return None };
+    Some(Serving { machine: row.machine.clone(), migration: migration.clone(), to: to.clone() })
 }
 
 fn unreachable_facts(worker: &WorkerId, cause: String) -> Facts {
