@@ -146,7 +146,8 @@ impl BlockMap {
         (sectors.start / SECTORS_PER_BLOCK..sectors.end.div_ceil(SECTORS_PER_BLOCK)).all(|block| {
             let entry = self.entry(block);
             entry.state != State::Missing
-                || (entry.mask != 0 && self.shape.mask_in(block, sectors) & !entry.mask & self.shape.full_mask(block) == 0)
+                || (entry.mask != 0
+                    && self.shape.mask_in(block, sectors) & !entry.mask & self.shape.full_mask(block) == 0)
         })
     }
 
@@ -273,9 +274,13 @@ impl BlockMap {
     }
 
     fn mark(&mut self, sectors: &Range<u64>, to: State) {
-        let whole = sectors.start.div_ceil(SECTORS_PER_BLOCK)
-            ..if sectors.end >= self.shape.sectors() { self.shape.blocks() } else { sectors.end / SECTORS_PER_BLOCK };
-        let touched = sectors.start / SECTORS_PER_BLOCK..sectors.end.div_ceil(SECTORS_PER_BLOCK).min(self.shape.blocks());
+        let whole = sectors.start.div_ceil(SECTORS_PER_BLOCK)..if sectors.end >= self.shape.sectors() {
+            self.shape.blocks()
+        } else {
+            sectors.end / SECTORS_PER_BLOCK
+        };
+        let touched =
+            sectors.start / SECTORS_PER_BLOCK..sectors.end.div_ceil(SECTORS_PER_BLOCK).min(self.shape.blocks());
         if whole.is_empty() {
             touched.for_each(|block| self.mark_part(block, self.shape.mask_in(block, sectors)));
             return;
@@ -350,7 +355,8 @@ impl BlockMap {
             return 0;
         }
         let gaps = self.live.gaps(self.shape.page_blocks(page));
-        let written = |run: Extent| run.range().filter(|&block| self.entry(block).state == State::Written).count() as u64;
+        let written =
+            |run: Extent| run.range().filter(|&block| self.entry(block).state == State::Written).count() as u64;
         gaps.iter().map(written).sum()
     }
 

@@ -162,7 +162,8 @@ impl MapFile {
         };
         let head = superblock.encode().to_vec();
         let pages_offset = pages_offset(table.len() as u64);
-        let file = Self { superblock, next: None, slot: 0, pages_offset, newest: BTreeMap::new(), unsettled: BTreeSet::new() };
+        let file =
+            Self { superblock, next: None, slot: 0, pages_offset, newest: BTreeMap::new(), unsettled: BTreeSet::new() };
         (file, vec![(LIVE_OFFSET, table), (0, head)])
     }
 
@@ -226,8 +227,15 @@ impl MapFile {
         Ok(())
     }
 
-    fn read_page(&mut self, page: u64, slots: &[[u8; PAGE]; 2], bad: [bool; 2], map: &mut BlockMap) -> Result<(), MapError> {
-        let decoded = [0, 1].map(|slot| if bad[slot] { Slot::Damaged } else { format::decode_page(page, &slots[slot]) });
+    fn read_page(
+        &mut self,
+        page: u64,
+        slots: &[[u8; PAGE]; 2],
+        bad: [bool; 2],
+        map: &mut BlockMap,
+    ) -> Result<(), MapError> {
+        let decoded =
+            [0, 1].map(|slot| if bad[slot] { Slot::Damaged } else { format::decode_page(page, &slots[slot]) });
         let (slot, generation, entries) = match decoded {
             [Slot::Valid { generation: a, entries }, Slot::Valid { generation: b, .. }] if a >= b => (0, a, entries),
             [_, Slot::Valid { generation, entries }] => (1, generation, entries),
@@ -266,7 +274,8 @@ impl MapFile {
             }
         }
         for page in dirty {
-            let (slot, generation) = self.newest.get(&page).map_or((0, 1), |newest| (1 - newest.slot, newest.generation + 1));
+            let (slot, generation) =
+                self.newest.get(&page).map_or((0, 1), |newest| (1 - newest.slot, newest.generation + 1));
             commit.writes.push(self.page_write(map, page, slot, generation));
             commit.fresh.push((page, Newest { slot, generation }));
         }

@@ -1,4 +1,4 @@
-#![doc = include_str!("../FORMAT.md")]
+#![doc = include_str!("../../../docs/clone-map.md")]
 
 use decant_base::{Extent, ExtentSet};
 

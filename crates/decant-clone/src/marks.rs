@@ -107,6 +107,10 @@ mod tests {
     fn heads_differ_by_boot_volume_and_epoch() {
         let this = head("orders", 3, "boot-1");
         assert_eq!(this, head("orders", 3, "boot-1"));
-        assert!(this != head("orders", 4, "boot-1") && this != head("other", 3, "boot-1") && this != head("orders", 3, "boot-2"));
+        assert!(
+            this != head("orders", 4, "boot-1")
+                && this != head("other", 3, "boot-1")
+                && this != head("orders", 3, "boot-2")
+        );
     }
 }

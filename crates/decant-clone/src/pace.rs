@@ -145,7 +145,9 @@ impl Pace {
             return run;
         }
         let product = match (self.rate.best(u64::max), self.trip.best(u64::min)) {
-            (Some(rate), Some(trip)) => (u128::from(rate) * u128::from(trip) / 1_000_000_000).min(u128::from(MAX_WINDOW)) as u64,
+            (Some(rate), Some(trip)) => {
+                (u128::from(rate) * u128::from(trip) / 1_000_000_000).min(u128::from(MAX_WINDOW)) as u64
+            }
             _ => 2 * run,
         };
         if self.yields(now) { (product / 2).clamp(run, MAX_WINDOW) } else { (product * 2).clamp(4 * run, MAX_WINDOW) }
@@ -230,7 +232,9 @@ mod tests {
 
     #[test]
     fn a_link_is_full_at_any_distance() {
-        for (rate, trip) in [(25_000_000, 5), (125_000_000, 40), (1_000_000_000, 20), (125_000_000, 150), (1_000_000, 1)] {
+        for (rate, trip) in
+            [(25_000_000, 5), (125_000_000, 40), (1_000_000_000, 20), (125_000_000, 150), (1_000_000, 1)]
+        {
             let (got, most) = run_link(rate, Duration::from_millis(trip), None, false);
             assert!(got > rate * 9 / 10, "{rate} B/s at {trip} ms: {got} with at most {most} in flight");
             let product = rate * trip / 1000;

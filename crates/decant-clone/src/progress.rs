@@ -158,7 +158,9 @@ mod tests {
     #[test]
     fn each_hindrance_has_its_word() {
         let base = Facts { unfinished: true, connected: true, rate: 100, best_rate: 100, ..Facts::default() };
-        let check = |facts: Facts, word: &str| assert!(facts.hindrance().starts_with(word), "{:?} is not {word}", facts.hindrance());
+        let check = |facts: Facts, word: &str| {
+            assert!(facts.hindrance().starts_with(word), "{:?} is not {word}", facts.hindrance())
+        };
         assert_eq!(base.hindrance(), "");
         check(Facts { no_room: true, ..base.clone() }, "STALLED");
         check(Facts { connected: false, ..base.clone() }, "STALLED");

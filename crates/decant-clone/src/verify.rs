@@ -95,7 +95,8 @@ impl Verify {
             }
         }
         let is_lost = |block: &u64| differing.contains(block);
-        let repaired: Vec<u64> = self.again.range(blocks.clone()).map(|(&block, _)| block).filter(|b| !is_lost(b)).collect();
+        let repaired: Vec<u64> =
+            self.again.range(blocks.clone()).map(|(&block, _)| block).filter(|b| !is_lost(b)).collect();
         for block in repaired {
             self.again.remove(&block);
             self.repaired += u64::from(map.entry(block).state == State::Fetched);

@@ -14,7 +14,8 @@ use decant_base::{Extent, ExtentSet};
 use decant_clone::file::{Found, set_intent};
 use decant_clone::marks::{HEAD, Mark, RECORD, head, offset_of};
 use decant_clone::{
-    Arrival, Begin, BlockMap, CloneCore, Commit, Identity, Kind, MapFile, Plan, Scope, Shape, State, SyncedWrite, WriteId,
+    Arrival, Begin, BlockMap, CloneCore, Commit, Identity, Kind, MapFile, Plan, Scope, Shape, State, SyncedWrite,
+    WriteId,
 };
 
 struct Random(u64);
@@ -170,7 +171,12 @@ struct Run {
 impl Drop for Run {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("seed {} with sectors of {}: DECANT_TEST_SEED={} repeats it", self.seed, self.world.shape.sector_size(), self.seed);
+            eprintln!(
+                "seed {} with sectors of {}: DECANT_TEST_SEED={} repeats it",
+                self.seed,
+                self.world.shape.sector_size(),
+                self.seed
+            );
         }
     }
 }
@@ -187,7 +193,8 @@ fn open(world: &World, media: &mut Media, now: Duration) -> CloneCore<()> {
     };
     let mut data = ExtentSet::new();
     data.insert(0..cache.len() as u64 * 512);
-    let (file, map, found) = MapFile::open(&mut read, cache.len() as u64 * 512, &data, &identity).unwrap_or_else(|error| panic!("open: {error}"));
+    let (file, map, found) = MapFile::open(&mut read, cache.len() as u64 * 512, &data, &identity)
+        .unwrap_or_else(|error| panic!("open: {error}"));
     let mut core = CloneCore::new(map, file, now);
     assert!(found != Found::Complete);
     if found == Found::Killed {
@@ -319,7 +326,8 @@ impl Run {
             Begin::Intents if matches!(self.flush, Some(Flush { stage: Committing::Synced(..), .. })) => return,
             Begin::Intents => {
                 let regions = self.core.missing_intents(&sectors);
-                let update = self.core.parts().0.begin_update(|sb| regions.iter().for_each(|&region| set_intent(sb, region)));
+                let update =
+                    self.core.parts().0.begin_update(|sb| regions.iter().for_each(|&region| set_intent(sb, region)));
                 write_synced(&mut self.core, &mut self.media, &update);
                 return;
             }
@@ -370,7 +378,8 @@ impl Run {
         let scope = if self.random.one_in(3) { Scope::All } else { Scope::Flush };
         let (file, map) = self.core.parts();
         let commit = file.begin_commit(map, scope);
-        let acknowledged = (scope == Scope::Flush).then(|| self.world.sectors().map(|s| (s, self.acknowledged(s))).collect());
+        let acknowledged =
+            (scope == Scope::Flush).then(|| self.world.sectors().map(|s| (s, self.acknowledged(s))).collect());
         self.flush = Some(Flush { stage: Committing::Snapshot(commit), acknowledged });
     }
 
@@ -424,7 +433,10 @@ impl Run {
         }
         for plan in plans {
             for (other, at) in &self.fetches {
-                assert!(plan.blocks.end <= *at || other.blocks.end <= plan.blocks.start, "fetched twice: {plan:?} and {other:?}");
+                assert!(
+                    plan.blocks.end <= *at || other.blocks.end <= plan.blocks.start,
+                    "fetched twice: {plan:?} and {other:?}"
+                );
             }
             let here = plan.blocks.clone().find(|&block| self.core.map().entry(block).state != State::Missing);
             assert_eq!(here, None, "a block that is here is fetched");
@@ -448,7 +460,11 @@ impl Run {
             self.core.begin_store(self.now, token, piece, &mut arrival);
             for read in arrival.direct.drain(..) {
                 for sector in read.sectors {
-                    assert_eq!(self.history[&sector].last(), Some(&self.world.origin(sector)), "sector {sector}: a stale answer");
+                    assert_eq!(
+                        self.history[&sector].last(),
+                        Some(&self.world.origin(sector)),
+                        "sector {sector}: a stale answer"
+                    );
                 }
             }
             self.stores.push(Store { arrival, landed: 0 });
@@ -487,7 +503,10 @@ impl Run {
         for (&sector, versions) in &self.history {
             let seen = Self::seen(&self.world, &self.core, &self.media, sector);
             let acknowledged = self.acknowledged(sector);
-            assert!(versions[acknowledged - 1..].contains(&seen), "sector {sector} reads {seen:#x}, not of {versions:x?}");
+            assert!(
+                versions[acknowledged - 1..].contains(&seen),
+                "sector {sector} reads {seen:#x}, not of {versions:x?}"
+            );
         }
     }
 
@@ -499,8 +518,13 @@ impl Run {
             at = run.end;
             for block in run.filter(|&block| map.entry(block).mask == 0) {
                 let sectors = block * 8..(block * 8 + 8).min(self.world.shape.sectors());
-                let same = sectors.clone().all(|sector| self.media.image.cache[sector as usize] == self.world.origin(sector));
-                assert!(same, "block {block} is marked fetched and holds {:x?}", &self.media.image.cache[sectors.start as usize..sectors.end as usize]);
+                let same =
+                    sectors.clone().all(|sector| self.media.image.cache[sector as usize] == self.world.origin(sector));
+                assert!(
+                    same,
+                    "block {block} is marked fetched and holds {:x?}",
+                    &self.media.image.cache[sectors.start as usize..sectors.end as usize]
+                );
             }
         }
     }
@@ -513,7 +537,10 @@ impl Run {
         let core = open(&self.world, &mut media, self.now);
         for (&sector, versions) in &self.history {
             let seen = Self::seen(&self.world, &core, &media, sector);
-            assert!(versions.contains(&seen), "after a power cut sector {sector} reads {seen:#x}, not of {versions:x?}");
+            assert!(
+                versions.contains(&seen),
+                "after a power cut sector {sector} reads {seen:#x}, not of {versions:x?}"
+            );
         }
     }
 
@@ -558,7 +585,10 @@ impl Run {
         for (&sector, versions) in &mut self.history {
             let seen = Self::seen(&self.world, &self.core, &self.media, sector);
             let first = if what == 1 { 0 } else { acknowledged[&sector] - 1 };
-            assert!(versions[first..].contains(&seen), "restart {what}: sector {sector} reads {seen:#x}, not of {versions:x?} from {first}");
+            assert!(
+                versions[first..].contains(&seen),
+                "restart {what}: sector {sector} reads {seen:#x}, not of {versions:x?} from {first}"
+            );
             if what == 1 {
                 // From here on it reads as it was seen.
                 *versions = vec![seen];

@@ -149,7 +149,8 @@ fn an_origin_that_goes_and_comes_back_is_waited_for() {
     assert!(read(&clone, 20 << 20, 4096) == pattern(20 << 20, 4096, 0));
     drop(server);
     wait_until("the loss", || !clone.status().unwrap().connected);
-    let waiting: Vec<_> = (0..90).map(|n| ((60 << 20) + n * 8192, start_read(&clone, (60 << 20) + n * 8192, 4096))).collect();
+    let waiting: Vec<_> =
+        (0..90).map(|n| ((60 << 20) + n * 8192, start_read(&clone, (60 << 20) + n * 8192, 4096))).collect();
     clone.write(1 << 20, &mut pattern(1 << 20, 4096, 7)).unwrap();
     clone.flush().unwrap();
     assert!(clone.status().unwrap().hindrance.starts_with("STALLED"));

@@ -29,7 +29,8 @@ impl Naive {
 
 fn check(shape: Shape, live: &[(u64, u64)], ops: &[(u8, u64, u64)]) -> Result<(), TestCaseError> {
     let blocks = shape.blocks();
-    let set: ExtentSet = live.iter().map(|&(s, l)| Extent { start: s % blocks, length: l.min(blocks - s % blocks) }).collect();
+    let set: ExtentSet =
+        live.iter().map(|&(s, l)| Extent { start: s % blocks, length: l.min(blocks - s % blocks) }).collect();
     let is_live: Vec<bool> = (0..blocks).map(|block| set.contains(block)).collect();
     let initial = |&live: &bool| Entry::of(if live { State::Missing } else { State::Discarded });
     let mut naive = Naive { shape, entries: is_live.iter().map(initial).collect(), live: is_live };
@@ -69,7 +70,9 @@ fn check(shape: Shape, live: &[(u64, u64)], ops: &[(u8, u64, u64)]) -> Result<()
     for block in 0..blocks {
         prop_assert_eq!(map.entry(block), naive.entries[block as usize], "block {}", block);
     }
-    let count = |want: &dyn Fn(usize, &Entry) -> bool| naive.entries.iter().enumerate().filter(|(i, e)| want(*i, e)).count() as u64;
+    let count = |want: &dyn Fn(usize, &Entry) -> bool| {
+        naive.entries.iter().enumerate().filter(|(i, e)| want(*i, e)).count() as u64
+    };
     for state in State::ALL {
         prop_assert_eq!(map.count(state), count(&|_, e| e.state == state), "{:?}", state);
         let mut at = 0;

@@ -349,7 +349,8 @@ fn golden_bytes_4096() {
         003fd0 ff ff ff ff ff ff ff ff ff ff ff ff ff ff ff ff
         003fe0 ff ff ff ff ff ff ff ff ff ff ff ff ff ff ff ff
         003ff0 ff ff ff ff ff ff ff ff ff ff ff ff ff ff ff ff
-    "#]].assert_eq(&hex(&example(4096).0));
+    "#]]
+    .assert_eq(&hex(&example(4096).0));
 }
 
 #[test]
@@ -609,7 +610,8 @@ fn golden_bytes_512() {
         000fd0 03 00 03 00 03 00 03 00 03 00 03 00 03 00 03 00
         000fe0 03 00 03 00 03 00 03 00 03 00 03 00 03 00 03 00
         000ff0 03 00 03 00 03 00 03 00 03 00 03 00 03 00 03 00
-    "#]].assert_eq(&hex(&disk.0[12288..]));
+    "#]]
+    .assert_eq(&hex(&disk.0[12288..]));
 }
 
 #[test]
@@ -629,7 +631,9 @@ fn damage_is_told_and_never_guessed() {
                     assert!(same || at >= page, "byte {at} changed what is believed");
                 }
                 Ok(_) => panic!("byte {at} of the live table was believed"),
-                Err(error) => assert!(matches!(error, MapError::LiveTable | MapError::Page { .. }), "byte {at}: {error}"),
+                Err(error) => {
+                    assert!(matches!(error, MapError::LiveTable | MapError::Page { .. }), "byte {at}: {error}")
+                }
             }
         }
         let mut both = File(good.0.clone());
@@ -652,7 +656,8 @@ fn a_foreign_map_is_refused_by_name() {
     let other = Identity { volume: "billing".into(), ..identity(4096) };
     expect!["the clone map is for volume orders, not billing"].assert_eq(&disk.open(&other).err().unwrap().to_string());
     let other = Identity { shape: Shape::new(200 << 20, 4096).unwrap(), ..identity(4096) };
-    expect!["the clone map is for size 104857600, not 209715200"].assert_eq(&disk.open(&other).err().unwrap().to_string());
+    expect!["the clone map is for size 104857600, not 209715200"]
+        .assert_eq(&disk.open(&other).err().unwrap().to_string());
     let other = Identity { epoch: Some(8), ..identity(4096) };
     expect!["the clone map is for epoch 7, not 8"].assert_eq(&disk.open(&other).err().unwrap().to_string());
     let other = identity(512);

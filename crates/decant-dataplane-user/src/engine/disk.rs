@@ -242,7 +242,8 @@ impl Disk for Files {
 
     fn create_map(&self, length: u64, writes: &[(u64, Vec<u8>)]) -> Result<Arc<dyn Medium>, Errno> {
         let new = self.map.with_extension("map.new");
-        let file = std::fs::OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&new).map_err(errno)?;
+        let file =
+            std::fs::OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&new).map_err(errno)?;
         file.set_len(length).map_err(errno)?;
         if length <= RESERVED_MAP {
             match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, length) {

@@ -178,7 +178,13 @@ impl Engine {
         for plan in plans {
             let bytes = self.shape.bytes_of(plan.blocks.clone());
             let length = (bytes.end - bytes.start) as u32;
-            origin.request(Fetch { token: plan.token, offset: bytes.start, length, want: Want::Data, urgent: plan.class == decant_clone::Class::Demand });
+            origin.request(Fetch {
+                token: plan.token,
+                offset: bytes.start,
+                length,
+                want: Want::Data,
+                urgent: plan.class == decant_clone::Class::Demand,
+            });
         }
     }
 
@@ -217,7 +223,9 @@ impl Engine {
         }
         fail_all(std::mem::take(&mut arrival.failed));
         match landed {
-            Ok(()) if self.unsynced.fetch_add(stored, Ordering::AcqRel) + stored > COMMIT_AT => self.fill.commit.raise(),
+            Ok(()) if self.unsynced.fetch_add(stored, Ordering::AcqRel) + stored > COMMIT_AT => {
+                self.fill.commit.raise()
+            }
             Ok(()) | Err(Errno::NOSPC | Errno::DQUOT) => {}
             Err(error) => self.fail(&format!("a write to the image failed: {error}")),
         }

@@ -146,7 +146,13 @@ impl Engine {
         whole && self.flush().is_ok()
     }
 
-    fn compare(&self, verify: &mut Verify, ahead: &mut u64, blocks: Range<u64>, buffer: &mut Aligned) -> Result<(), VerifyError> {
+    fn compare(
+        &self,
+        verify: &mut Verify,
+        ahead: &mut u64,
+        blocks: Range<u64>,
+        buffer: &mut Aligned,
+    ) -> Result<(), VerifyError> {
         let digests = self.digests_of(blocks.clone(), ahead)?;
         let blocks = blocks.start..blocks.start + digests.len() as u64;
         let bytes = self.shape.bytes_of(blocks.clone());
@@ -234,7 +240,13 @@ impl Engine {
             token
         };
         let bytes = self.shape.bytes_of(blocks);
-        origin.request(Fetch { token, offset: bytes.start, length: (bytes.end - bytes.start) as u32, want: Want::Digests, urgent: false });
+        origin.request(Fetch {
+            token,
+            offset: bytes.start,
+            length: (bytes.end - bytes.start) as u32,
+            want: Want::Digests,
+            urgent: false,
+        });
         Ok(())
     }
 

@@ -5,6 +5,8 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 
+use decant_base::{BLOCK, ExtentSet};
+
 use super::super::*;
 use super::fixture::*;
 
@@ -63,7 +65,10 @@ fn kill_and_check(seed: u64, crash: Option<&str>, acknowledged: u64) -> u64 {
     drop(volume.begun());
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", "engine::tests::crash::child", "--nocapture", "--test-threads=1"]);
-    command.env(CHILD, format!("{}#{seed}", volume.directory.path().display())).stdout(Stdio::piped()).stderr(Stdio::null());
+    command
+        .env(CHILD, format!("{}#{seed}", volume.directory.path().display()))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null());
     if let Some(crash) = crash {
         command.env("DECANT_CRASH", crash);
     }
@@ -83,7 +88,9 @@ fn kill_and_check(seed: u64, crash: Option<&str>, acknowledged: u64) -> u64 {
     let engine = volume.try_open(Mode::Clone).unwrap_or_else(|error| panic!("{crash:?}, seed {seed}: {error}"));
     volume.origin().attach(&engine);
     let mut versions: BTreeMap<u64, u64> = BTreeMap::new();
-    (1..=last).for_each(|n| { versions.insert(step(seed, n).0, n); });
+    (1..=last).for_each(|n| {
+        versions.insert(step(seed, n).0, n);
+    });
     let check = |engine: &Engine| {
         for block in 0..BLOCKS {
             let got = read(engine, block * BLOCK, 4096).unwrap();
@@ -110,7 +117,9 @@ fn a_killed_process_loses_nothing_it_acknowledged() {
 
 #[test]
 fn a_process_killed_at_any_point_of_a_commit_loses_nothing_it_acknowledged() {
-    for (seed, point) in (50..).zip(["map:data-synced", "map:pages-written", "map:committed", "map:intent", "map:marked"]) {
+    for (seed, point) in
+        (50..).zip(["map:data-synced", "map:pages-written", "map:committed", "map:intent", "map:marked"])
+    {
         for nth in [1, 3].into_iter().filter(|&nth| nth == 1 || point != "map:intent") {
             kill_and_check(seed, Some(&format!("{point}#{nth}")), u64::MAX);
         }
@@ -267,7 +276,11 @@ fn lay_out(volume: &Volume, map: &[u8], events: &[Event], random: &mut Random) {
         for (block, data) in (*offset as usize..).step_by(4096).zip(data.chunks(4096)) {
             let place = &mut file[block..block + data.len()];
             // A block turns from hole to data, or back, as one: that is metadata of the file system.
-            let grain = if *of == File::Image && (decant_luks2::is_zero(place) || decant_luks2::is_zero(data)) { 4096 } else { 512 };
+            let grain = if *of == File::Image && (decant_luks2::is_zero(place) || decant_luks2::is_zero(data)) {
+                4096
+            } else {
+                512
+            };
             for (place, sector) in place.chunks_mut(grain).zip(data.chunks(grain)) {
                 if whole || (mode == 2 && random.below(2) == 0) {
                     place.copy_from_slice(sector);
@@ -317,7 +330,8 @@ fn cut_power(seed: u64, cuts: u64) {
         lay_out(&volume, &map, events, &mut random);
         let engine = open_recorded(&volume, &Log::default(), &format!("boot after {cut}"));
         volume.origin().attach(&engine);
-        let all = |engine: &Engine| (0..BLOCKS).map(|block| read(engine, block * BLOCK, 4096).unwrap()).collect::<Vec<_>>();
+        let all =
+            |engine: &Engine| (0..BLOCKS).map(|block| read(engine, block * BLOCK, 4096).unwrap()).collect::<Vec<_>>();
         let seen = all(&engine);
         (0..).zip(&seen).for_each(|(block, got)| check_block(block, got, &allowed[&block], seed, cut));
         hydrate(&engine);

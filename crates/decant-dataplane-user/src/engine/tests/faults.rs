@@ -2,6 +2,9 @@
 
 use std::os::unix::fs::FileExt;
 
+use decant_base::BLOCK;
+use decant_clone::MapError;
+
 use super::super::*;
 use super::fixture::*;
 

@@ -344,7 +344,12 @@ pub(super) fn origin_of(shape: Shape, live: &ExtentSet) -> Arc<FakeOrigin> {
     FakeOrigin::new(bytes)
 }
 
-pub(super) fn open_in(directory: &Path, shape: Shape, mode: Mode, faults: &Arc<Faults>) -> Result<Arc<Engine>, OpenError> {
+pub(super) fn open_in(
+    directory: &Path,
+    shape: Shape,
+    mode: Mode,
+    faults: &Arc<Faults>,
+) -> Result<Arc<Engine>, OpenError> {
     let path = directory.join("volume.img");
     let file = open_image(&path).unwrap();
     let files = Files::new(file, &path, BASE, shape.size(), directory.join("volume.map"));

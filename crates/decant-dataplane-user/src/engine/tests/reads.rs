@@ -1,5 +1,6 @@
 //! Reads of missing blocks, hydration, verification, the way to a plain volume, and the export.
 
+use decant_base::{BLOCK, Epoch};
 use decant_dataplane::MissingPolicy;
 
 use super::super::*;
@@ -70,7 +71,11 @@ fn ninety_parked_reads_hold_up_no_write_and_no_flush() {
     engine.flush().unwrap();
     assert_eq!(read(&engine, 500 * BLOCK, 4096).unwrap(), plaintext(500 * BLOCK, 4096, 1));
     let more: Vec<_> = (0..7).map(|n| start_read(&engine, (510 + n) * BLOCK, 4096)).collect();
-    assert!(engine.status().unwrap().hindrance.starts_with("STALLED: 97 reads"), "{}", engine.status().unwrap().hindrance);
+    assert!(
+        engine.status().unwrap().hindrance.starts_with("STALLED: 97 reads"),
+        "{}",
+        engine.status().unwrap().hindrance
+    );
     origin.hold(false);
     for (n, read) in reads {
         let got = read.recv_timeout(PATIENCE).unwrap().unwrap();
@@ -204,7 +209,11 @@ fn a_block_that_the_origin_cannot_read_fails_its_reader_and_delays_nothing_else(
     origin.attach(&engine);
     assert_eq!(read(&engine, 700 * BLOCK, 4096), Err(Errno::IO));
     wait_until("all but one block", || engine.status().unwrap().bytes_missing == BLOCK);
-    assert!(engine.status().unwrap().hindrance.starts_with("SLOW: the origin cannot read"), "{}", engine.status().unwrap().hindrance);
+    assert!(
+        engine.status().unwrap().hindrance.starts_with("SLOW: the origin cannot read"),
+        "{}",
+        engine.status().unwrap().hindrance
+    );
     assert!(matches!(engine.verify(), Err(VerifyError::NotYet(_))));
     origin.bad.lock().unwrap().clear();
     hydrate(&engine);

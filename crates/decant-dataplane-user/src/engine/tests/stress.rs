@@ -21,11 +21,15 @@ fn work(engine: &Engine, shape: Shape, thread: u64, steps: u64, seed: u64) -> Ve
         match random.below(8) {
             0..3 => {
                 engine.write(offset, &mut plaintext(offset, length, thread << 32 | step)).unwrap();
-                sectors.for_each(|sector| { versions.insert(sector, thread << 32 | step); });
+                sectors.for_each(|sector| {
+                    versions.insert(sector, thread << 32 | step);
+                });
             }
             3 => {
                 engine.discard(offset, length as u64).unwrap();
-                sectors.for_each(|sector| { versions.insert(sector, u64::MAX); });
+                sectors.for_each(|sector| {
+                    versions.insert(sector, u64::MAX);
+                });
             }
             4 if step % 5 == 0 => engine.flush().unwrap(),
             _ => {
@@ -52,7 +56,14 @@ fn run(sector_size: u32, seed: u64) {
     engine.set_limit(Some(6 << 20));
     origin.attach(&engine);
     let versions: Vec<(u64, u64)> = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..THREADS).map(|n| scope.spawn({ let engine = &engine; move || work(engine, volume.shape, n, 500, seed) })).collect();
+        let threads: Vec<_> = (0..THREADS)
+            .map(|n| {
+                scope.spawn({
+                    let engine = &engine;
+                    move || work(engine, volume.shape, n, 500, seed)
+                })
+            })
+            .collect();
         threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
     });
     engine.set_limit(None);
