@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 use decant_api::{Worker as WorkerView, path};
 use decant_base::WorkerId;
 use decant_dataplane_user::loopdev;
-use decant_network::{LABS, Lab};
+use decant_network::{LABS, Lab, Shape};
 use serde::{Deserialize, Serialize};
 
 use super::link::Link;
@@ -109,10 +109,13 @@ impl Site {
             .mode(0o711)
             .create(&self.directory)
             .with_context(|| format!("making {}", self.directory.display()))?;
-        let lab = self.lab.insert(Lab::create(&self.run, WORKERS).context("making the network")?);
-        if let Some(link) = link {
-            let _ = link;
-        }
+        let lab = match link {
+            None => Lab::create(&self.run, WORKERS),
+            Some(Link { bits_per_s, delay }) => {
+                Lab::create_shaped(&self.run, WORKERS, Shape { bits_per_s: *bits_per_s, delay: *delay })
+            }
+        };
+        let lab = self.lab.insert(lab.context("making the network")?);
         let today = jiff::Zoned::now().date();
         let ca = self.directory.join("ca");
         decant_agent::ca::init(&ca, today).context("making the authority")?;
