@@ -90,7 +90,10 @@ fn on_host(spec: &MachineSpec, path: &Path) -> Result<PathBuf, String> {
 
 /// Digests of programs, by the file they were taken of.
 #[derive(Debug, Default)]
-pub(super) struct Digests(Mutex<BTreeMap<(u64, u64, u64, i64, i64), String>>);
+pub(super) struct Digests(Mutex<BTreeMap<Version, String>>);
+
+/// Device, inode, size and time of change: a file whose bytes have changed has another.
+type Version = (u64, u64, u64, i64, i64);
 
 impl Digests {
     /// SHA-256, hex, of the file at `path`.
@@ -129,7 +132,8 @@ mod tests {
     #[test]
     fn what_cannot_run_is_told_why() {
         let bind = |source: &str, target: &str| serde_json::json!([{"source": source, "target": target}]);
-        let cases: Vec<(Box<dyn FnOnce(&mut serde_json::Value)>, &str)> = vec![
+        type Change = Box<dyn FnOnce(&mut serde_json::Value)>;
+        let cases: Vec<(Change, &str)> = vec![
             (Box::new(|s| s["command"] = serde_json::json!([])), "it has no command"),
             (Box::new(|s| s["command"][0] = "sh".into()), "its program sh is not a plain absolute path"),
             (

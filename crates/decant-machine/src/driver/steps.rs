@@ -56,10 +56,8 @@ pub(super) fn prepare(driver: &ProcessDriver, request: &Prepare<'_>) -> Result<C
         logs: driver.logs(machine),
         cgroup: driver.cgroup(machine),
     };
-    if let Some(status) = live_status(&run, machine)? {
-        if status.state != State::Stopped {
-            return compare(&run, &config);
-        }
+    if live_status(&run, machine)?.is_some_and(|status| status.state != State::Stopped) {
+        return compare(&run, &config);
     }
     // A shim that has just answered "stopped", or was killed, may not be quite gone.
     wait_gone(driver, machine, ANSWER)?;
