@@ -199,7 +199,7 @@ impl Stream {
         wait_for(&mut fds, deadline)?;
         let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
         if want == Wait::Hangup && fds[0].revents().intersects(gone) {
-            return Err(io::ErrorKind::UnexpectedEof.into());
+            return Err(closed_by_peer());
         }
         let kicked = fds[1].revents().contains(PollFlags::IN);
         if kicked {
@@ -221,7 +221,7 @@ impl Stream {
         loop {
             match session.advance(into) {
                 Ok((Progress::Plaintext, count)) => return Ok(count),
-                Ok((Progress::Closed, _)) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok((Progress::Closed, _)) => return Err(closed_by_peer()),
                 Ok((Progress::NeedsInput, _)) => {
                     if !session.outgoing().is_empty() {
                         flush_session(&self.socket, session)?;
@@ -295,6 +295,10 @@ impl Stream {
     }
 }
 
+fn closed_by_peer() -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, "the peer closed the connection")
+}
+
 fn flush_session(socket: &OwnedFd, session: &mut Session) -> io::Result<()> {
     while !session.outgoing().is_empty() {
         match net::send(socket, session.outgoing(), SendFlags::NOSIGNAL) {
@@ -310,7 +314,7 @@ fn flush_session(socket: &OwnedFd, session: &mut Session) -> io::Result<()> {
 fn receive(socket: &OwnedFd, into: &mut [u8]) -> io::Result<usize> {
     loop {
         match net::recv(socket, &mut *into, RecvFlags::empty()) {
-            Ok((0, _)) if !into.is_empty() => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok((0, _)) if !into.is_empty() => return Err(closed_by_peer()),
             Ok((count, _)) => return Ok(count),
             Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),

@@ -160,6 +160,11 @@ impl Lane<'_> {
         }
         let since = now();
         let result = self.transmit(&mut stream, &export);
+        if let Err(Broken::Closed) = result {
+            // Leave politely, if that takes no waiting.
+            self.core.disconnect(&mut self.out);
+            let _ = self.send(&mut stream);
+        }
         self.useful |= now().saturating_duration_since(since) >= shared.options.timing.backoff_max;
         result
     }
