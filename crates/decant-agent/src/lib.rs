@@ -16,6 +16,7 @@ mod errands;
 mod machines;
 mod peers;
 mod routes;
+mod run;
 mod server;
 mod statuses;
 pub mod tls;
@@ -24,3 +25,4 @@ mod watch;
 
 pub use agent::{Deps, Running, StartError};
 pub use machines::{Machines, Processes};
+pub use run::{RunError, proxy_main, run};

@@ -179,12 +179,8 @@ fn failure(error: MachineError) -> Failure {
         MachineError::Unfit { .. } => FailureCode::Refused,
         // What its program wrote last is not on the medium: no retry brings it back.
         MachineError::Unclean { .. } => FailureCode::Stuck,
-        MachineError::NotPrepared { .. }
-        | MachineError::Conflict { .. }
-        | MachineError::Refused { .. }
-        | MachineError::DeviceBusy { .. }
-        | MachineError::TimedOut { .. }
-        | MachineError::Io { .. } => FailureCode::Retry,
+        // Whatever else there is may pass; a deadline of the step that wanted it ends the trying.
+        _ => FailureCode::Retry,
     };
     Failure { code, message: error.to_string() }
 }

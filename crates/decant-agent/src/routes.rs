@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use decant_api::path::KnownRoute as Known;
 use decant_api::{Route, RouteState};
 use decant_base::{Epoch, MachineId, WorkerId};
 use decant_drain::handoff::State;
@@ -23,20 +24,6 @@ const MAX_HOPS: usize = 4;
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Between questions while nobody knows.
 const PAUSE: Duration = Duration::from_millis(25);
-
-/// What an asker knows already; the answer is held back while it would be the same.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Known {
-    pub(crate) state: RouteState,
-    pub(crate) epoch: Epoch,
-    pub(crate) worker: Option<WorkerId>,
-}
-
-impl Known {
-    fn of(route: &Route) -> Self {
-        Self { state: route.state, epoch: route.epoch, worker: route.worker.clone() }
-    }
-}
 
 /// Answers.
 pub(crate) struct Routes {
@@ -75,7 +62,7 @@ impl Routes {
             if left.is_zero() {
                 break;
             }
-            let before = Known::of(&route);
+            let before = known_of(&route);
             route = self.ask(machine, Some(&before), left).await;
             if route.state == RouteState::Unknown {
                 tokio::time::sleep(PAUSE.min(left)).await;
@@ -125,7 +112,7 @@ impl Routes {
         else {
             let route = best.unwrap_or_else(|| unknown(machine));
             // Nobody to ask for a change: the next round comes after a pause.
-            if known == Some(&Known::of(&route)) {
+            if known == Some(&known_of(&route)) {
                 tokio::time::sleep(PAUSE.min(wait)).await;
             }
             return route;
@@ -135,16 +122,12 @@ impl Routes {
     }
 
     async fn ask_peer(&self, peer: &Peer, machine: &MachineId, known: Option<&Known>, wait: Duration) -> Option<Route> {
-        let mut path = format!("{}&scope=local", decant_api::path::route(machine, millis(wait)));
-        if let Some(known) = known {
-            // What we call "moved there" the peer itself calls "here".
+        // What we call "moved there" the peer itself calls "here".
+        let known = known.cloned().map(|known| {
             let is_there = known.state == RouteState::Moved && known.worker.as_ref() == Some(&peer.config.worker);
-            let state = serde_json::to_value(if is_there { RouteState::Here } else { known.state }).ok()?;
-            path += &format!("&known_epoch={}&known_state={}", known.epoch, state.as_str()?);
-            if let Some(worker) = &known.worker {
-                path += &format!("&known_worker={worker}");
-            }
-        }
+            Known { state: if is_there { RouteState::Here } else { known.state }, ..known }
+        });
+        let path = decant_api::path::route_if_changed(machine, millis(wait), known.as_ref()) + "&scope=local";
         let route = peer.client.clone().with_timeout(wait + PATIENCE).get::<Route>(&path).await.ok()?;
         let is_there = route.state == RouteState::Here;
         Some(if is_there {
@@ -171,13 +154,17 @@ fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
+fn known_of(route: &Route) -> Known {
+    Known { state: route.state, epoch: route.epoch, worker: route.worker.clone() }
+}
+
 fn unknown(machine: &MachineId) -> Route {
     Route { machine: machine.clone(), state: RouteState::Unknown, worker: None, address: None, epoch: Epoch(0) }
 }
 
 fn is_news(route: &Route, known: Option<&Known>) -> bool {
     match known {
-        Some(known) => Known::of(route) != *known,
+        Some(known) => known_of(route) != *known,
         None => matches!(route.state, RouteState::Here | RouteState::Moved),
     }
 }

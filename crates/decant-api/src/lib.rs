@@ -29,7 +29,8 @@
 //! | `GET /v1/migrations/{migration}` | | [`Migration`] |
 //! | `POST /v1/migrations/{migration}/cancel` | [`Empty`] | [`Migration`] |
 //! | `POST /v1/migrations/{migration}/settings` | [`MigrationSettings`] | [`Migration`] |
-//! | `GET /v1/routes/{machine}?wait_ms=` | | [`Route`] |
+//! | `POST /v1/machines/{machine}/retry` | [`Empty`] | [`Machine`] |
+//! | `GET /v1/routes/{machine}?wait_ms=&known_state=&known_epoch=&known_worker=` | | [`Route`] |
 //! | `GET /v1/events?after=` | | server-sent events, each `data:` an [`Event`], its `id:` the sequence |
 //!
 //! `scope=local` answers for this worker alone; `scope=fleet`, the default on the socket, asks the peers too and names those

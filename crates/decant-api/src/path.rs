@@ -1,8 +1,8 @@
 //! The API's paths, so that clients and the server spell them alike. Ids are DNS labels and need no escaping.
 
-use decant_base::{DrainId, MachineId, MigrationId, VolumeId, WorkerId};
+use decant_base::{DrainId, Epoch, MachineId, MigrationId, VolumeId, WorkerId};
 
-use crate::Scope;
+use crate::{RouteState, Scope};
 
 fn scoped(path: &str, scope: Scope) -> String {
     match scope {
@@ -99,6 +99,35 @@ pub fn migration_settings(migration: &MigrationId) -> String {
 /// Where a machine is reached; `wait_ms` waits that long at most for a machine that is between workers.
 pub fn route(machine: &MachineId, wait_ms: u64) -> String {
     format!("/v1/routes/{machine}?wait_ms={wait_ms}")
+}
+
+/// What an asker knows of a route already.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KnownRoute {
+    /// As it was answered.
+    pub state: RouteState,
+    /// As it was answered.
+    pub epoch: Epoch,
+    /// As it was answered.
+    pub worker: Option<WorkerId>,
+}
+
+/// As [`route`]; the answer is held back while it would be `known`.
+pub fn route_if_changed(machine: &MachineId, wait_ms: u64, known: Option<&KnownRoute>) -> String {
+    let mut path = route(machine, wait_ms);
+    if let Some(known) = known {
+        let state = match known.state {
+            RouteState::Here => "here",
+            RouteState::Moved => "moved",
+            RouteState::Moving => "moving",
+            RouteState::Unknown => "unknown",
+        };
+        path += &format!("&known_state={state}&known_epoch={}", known.epoch);
+        if let Some(worker) = &known.worker {
+            path += &format!("&known_worker={worker}");
+        }
+    }
+    path
 }
 
 /// The event log from after number `after`.

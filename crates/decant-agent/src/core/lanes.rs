@@ -3,11 +3,12 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use decant_base::{Epoch, MachineId, VolumeId};
-use decant_dataplane::{Command, Failure, FailureCode, Outcome, Plane};
+use decant_dataplane::{Command, Failure, FailureCode, MissingPolicy, Outcome, Plane};
 use decant_drain::{Effect, Event, MachineCommand};
 use decant_machine::MachineSpec;
 
@@ -16,6 +17,9 @@ use crate::machines::Machines;
 
 /// A lane with nothing to do ends after this long; starting another costs some ten microseconds.
 const IDLE: Duration = Duration::from_secs(20);
+
+/// How often a stop that takes longer is looked after.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// Who does the work.
 #[derive(Clone)]
@@ -46,16 +50,58 @@ impl World {
         self.locks.with(command.volume(), || guarded(|| self.plane.perform(command)))
     }
 
-    fn perform_machine(&self, command: &MachineCommand, about: About) -> Result<(), Failure> {
+    fn perform_machine(&self, command: &MachineCommand, about: &About) -> Result<(), Failure> {
         guarded(|| match command {
             MachineCommand::Prepare { spec, .. } => self.machines.prepare(&read_spec(spec)?, about.claim),
             MachineCommand::Start { epoch, spec, device, .. } => {
                 self.machines.start(&read_spec(spec)?, *epoch, device.as_deref())
             }
-            MachineCommand::Stop { machine } => self.machines.stop(machine),
+            MachineCommand::Stop { machine } => {
+                self.with_reads_let_go(about.volume.as_ref(), || self.machines.stop(machine))
+            }
             MachineCommand::Trim { machine } => self.machines.trim(machine),
             MachineCommand::Discard { machine } => self.machines.discard(machine, about.address_index),
         })
+    }
+}
+
+impl World {
+    /// Runs `stop`; while it does, reads that wait for an origin that is away fail: a process that waits in one cannot be
+    /// killed, and its machine could not be stopped before the origin is back.
+    fn with_reads_let_go(
+        &self,
+        volume: Option<&VolumeId>,
+        stop: impl FnOnce() -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let Some(volume) = volume else { return stop() };
+        let (done, wait) = std::sync::mpsc::channel::<()>();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                let policy = |policy| self.plane.perform(&Command::Policy { volume: volume.clone(), policy });
+                let mut let_go = false;
+                // The first look comes late enough not to disturb a stop that is as quick as it should be.
+                while wait.recv_timeout(LOOK).is_err_and(|error| error == RecvTimeoutError::Timeout) {
+                    if !let_go && self.has_stranded_reads(volume) {
+                        tracing::warn!(%volume, "reads wait for an origin that is away: they fail, so that the machine can stop");
+                        let_go = policy(MissingPolicy::Eio).is_ok();
+                    }
+                }
+                // Reads could only wait because the policy was to wait.
+                if let_go && let Err(failure) = policy(MissingPolicy::Wait) {
+                    tracing::error!(%volume, %failure, "reads of missing blocks still fail; set the migration's policy to wait");
+                }
+            });
+            let result = stop();
+            drop(done);
+            result
+        })
+    }
+
+    fn has_stranded_reads(&self, volume: &VolumeId) -> bool {
+        match self.plane.perform(&Command::Status { volume: volume.clone() }) {
+            Ok(Outcome::Status(status)) => status.clone.is_some_and(|clone| clone.parked_reads > 0 && !clone.connected),
+            _ => false,
+        }
     }
 }
 
@@ -82,12 +128,14 @@ fn guarded<T>(work: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
 }
 
 /// What a command does not say itself.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(super) struct About {
     /// The epoch that a machine is prepared for.
     pub(super) claim: Epoch,
     /// Its index in addresses, which names its link.
     pub(super) address_index: Option<u32>,
+    /// Its volume.
+    pub(super) volume: Option<VolumeId>,
 }
 
 /// Something for a lane.
@@ -197,7 +245,7 @@ impl Lane {
                 Event::Plane { command: Box::new(command), result }
             }
             Work::Effect { effect: Effect::Machine(command), about } => {
-                let result = world.perform_machine(&command, about);
+                let result = world.perform_machine(&command, &about);
                 if let Err(failure) = &result {
                     tracing::info!(%machine, code = ?failure.code, %failure, "machine");
                 }

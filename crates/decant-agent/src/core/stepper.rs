@@ -204,11 +204,11 @@ impl Stepper {
         let claim = row.state.owned().or(offered).unwrap_or_default();
         let address_index =
             row.spec.as_ref().and_then(|spec| lanes::read_spec(spec).ok()).map(|spec| spec.address_index);
-        let about = About { claim, address_index };
+        let about = About { claim, address_index, volume: row.volume.clone() };
         let mut batch = Vec::new();
         for effect in effects {
             match effect {
-                Effect::Plane(_) | Effect::Machine(_) => batch.push(Work::Effect { effect, about }),
+                Effect::Plane(_) | Effect::Machine(_) => batch.push(Work::Effect { effect, about: about.clone() }),
                 Effect::Send { to, message } => {
                     let _ = self.parts.outgoing.send(Outgoing { to, message });
                 }

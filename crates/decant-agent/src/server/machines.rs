@@ -11,11 +11,11 @@ use serde::Deserialize;
 
 use crate::agent::Agent;
 use crate::core::{is_or_will_be_here, read_spec};
-use crate::routes::Known;
 use crate::server::extract::{Args, Body, Id, ScopeArgs};
 use crate::server::fail::Fail;
 use crate::server::{Caller, Shared, add_all, from_peers, is_local, peer_error};
 use crate::view;
+use decant_api::path::KnownRoute as Known;
 
 /// A route may be waited for this long in one request.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
