@@ -185,3 +185,44 @@ fn a_key_file_that_others_read_stops_the_volume() {
     std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o644)).unwrap();
     assert!(refused(unlock(&file, &world.keys, &world.volume)).starts_with("key-exposed: "));
 }
+
+#[test]
+fn every_refusal_as_a_person_sees_it() {
+    let io = |kind: ErrorKind| HeaderError::Io { action: "syncing the header", source: kind.into() };
+    let wrong = || decant_luks2::Error::WrongPassphrase { tried: 1 };
+    let all = [
+        HeaderError::Luks { source: wrong() },
+        HeaderError::Luks { source: decant_luks2::Error::Memory(65536) },
+        HeaderError::Luks { source: decant_luks2::Error::SectorSize(1024) },
+        HeaderError::PeerLuks { source: decant_luks2::Error::Cipher("cipher_null-ecb".to_owned()) },
+        HeaderError::PeerPassphrase { source: wrong() },
+        HeaderError::PeerEncoding("no base64"),
+        HeaderError::Geometry { what: "the sector size", carried: "512".to_owned(), header: "4096".to_owned() },
+        HeaderError::Impossible("its size is beyond what a file can hold"),
+        HeaderError::Key(KeyError::CommandEmpty),
+        HeaderError::Key(KeyError::CommandSlow { program: "vault-read".to_owned(), seconds: 30 }),
+        HeaderError::NotEmpty(Bytes::gib(4)),
+        io(ErrorKind::StorageFull),
+        io(ErrorKind::Other),
+    ];
+    let table: String = all
+        .iter()
+        .map(HeaderError::failure)
+        .map(|failure| format!("{:?} {}\n", failure.code, failure.message))
+        .collect();
+    expect_test::expect![[r#"
+        Stuck luks2-wrong-passphrase: the passphrase opens none of the 1 keyslots tried; check that the key source gives this volume's passphrase, without a newline at its end
+        Retry luks2-memory: there is no memory for argon2 (65536 KiB); free memory, or use a keyslot with a smaller cost
+        Refused luks2-sector-size: the encryption sector is 1024 bytes, only 512 and 4096 are allowed; make the volume anew with --sector-size 512 or 4096
+        Refused peer-header: the header that the source sent is refused (luks2-cipher: the segment's cipher is "cipher_null-ecb", only "aes-xts-plain64" is allowed); if it came from a peer, do not trust that peer; else re-encrypt it with `cryptsetup reencrypt --cipher aes-xts-plain64 --key-size 512`
+        Refused peer-passphrase: the passphrase that this worker has for the volume does not open the source's header (the passphrase opens none of the 1 keyslots tried); give both workers the same passphrase for it
+        Refused peer-header: the header that the source sent is no base64; check that both workers run compatible versions
+        Refused peer-geometry: the source announced the sector size 512, its header says 4096; do not trust that worker before this is explained
+        Refused peer-geometry: the announced volume is impossible: its size is beyond what a file can hold; check that both workers run compatible versions
+        Refused key-command: no program is named; write command = ["PROGRAM", "{volume}"] in [keys]
+        Retry key-command: vault-read did not end within 30 s and was killed; run it by hand to see why
+        Stuck image-not-empty: the volume's image already holds 4 GiB; delete the volume first
+        Refused image-io: syncing the header failed: no storage space; check the disk (df, dmesg)
+        Retry image-io: syncing the header failed: other error; check the disk (df, dmesg)
+    "#]].assert_eq(&table);
+}

@@ -148,3 +148,54 @@ fn a_key_survives_in_secret_memory() {
     rustix::fs::ftruncate(&empty, 4096).unwrap();
     assert!(matches!(SecretMemory::read(empty.as_fd()), Err(SecretError::NoKey(decant_luks2::Error::WeakKey))));
 }
+
+#[test]
+fn every_refusal_as_a_person_sees_it() {
+    use std::io::{Error, ErrorKind};
+    use std::os::unix::process::ExitStatusExt;
+    let io = || Error::from(ErrorKind::PermissionDenied);
+    let path = || PathBuf::from("/etc/decant/keys/orders.key");
+    let program = || "vault-read".to_owned();
+    let length = || decant_luks2::Error::PassphraseLength(0);
+    let all = [
+        KeyError::FileMissing { path: path() },
+        KeyError::FileExposed { path: path(), mode: 0o644, owner: 0 },
+        KeyError::NotAFile { path: path() },
+        KeyError::Io { action: "writing", path: path(), source: io() },
+        KeyError::Length { from: program(), source: length() },
+        KeyError::CommandStart { program: program(), source: io() },
+        KeyError::CommandFailed {
+            program: program(),
+            status: std::process::ExitStatus::from_raw(2 << 8),
+            stderr: "permission denied on secret/orders".to_owned(),
+        },
+        KeyError::CommandSlow { program: program(), seconds: 30 },
+        KeyError::CommandEmpty,
+        KeyError::Keyring { description: "decant:orders".to_owned(), source: io() },
+        KeyError::CannotGenerate {
+            from: "the keyring",
+            volume: volume("orders"),
+            source: Box::new(KeyError::CommandEmpty),
+        },
+        KeyError::Entropy(decant_luks2::Error::Library),
+    ];
+    let mut table: String = all.iter().map(|error| format!("{error}\n")).collect();
+    table += &format!("{}\n", SecretError::Kernel { action: "memfd_create", source: io() });
+    table += &format!("{}\n", SecretError::NoKey(decant_luks2::Error::KeyBytes(32)));
+    expect_test::expect![[r#"
+        key-missing: there is no key file /etc/decant/keys/orders.key; copy it from the worker that the volume comes from, or restore it from a backup
+        key-exposed: /etc/decant/keys/orders.key has mode 644 and owner 0; only its owner, this process's user or root, may have access: chmod 0600 it
+        key-not-a-file: /etc/decant/keys/orders.key is no regular file; put the passphrase into one
+        key-io: writing /etc/decant/keys/orders.key failed: permission denied; check the directory named in [keys]
+        key-length: what vault-read gives is no passphrase: the passphrase is 0 bytes long, 1 to 512 are allowed; it must be 1 to 512 bytes, and one newline at the end is ignored
+        key-command: vault-read cannot be run: permission denied; check `command` in [keys]
+        key-command: vault-read ended with exit status: 2: permission denied on secret/orders; run it by hand to see why
+        key-command: vault-read did not end within 30 s and was killed; run it by hand to see why
+        key-command: no program is named; write command = ["PROGRAM", "{volume}"] in [keys]
+        key-keyring: the kernel's keyring gives no key user "decant:orders": permission denied; add it with `keyctl padd user decant:orders @u`
+        key-not-made: the keyring has no passphrase for volume orders yet and cannot make one: put a random one of 64 hexadecimal digits there first (key-command: no program is named; write command = ["PROGRAM", "{volume}"] in [keys])
+        key-entropy: no passphrase could be made: the cipher library failed to set up AES-256-XTS
+        secret-memory: memfd_create failed: permission denied; check RLIMIT_MEMLOCK and that memfd_create is allowed here (seccomp)
+        secret-memory: the inherited descriptor holds no volume key: the volume key has 32 bytes, only 64 (AES-256-XTS) is allowed
+    "#]].assert_eq(&table);
+}
