@@ -64,6 +64,8 @@ pub enum KeeperRequest {
     },
     /// How it stands. `Status`.
     Status,
+    /// How it stands, without asking the volume process. `Status`.
+    Kept,
     /// Ends the volume process in good order, takes the device away and ends the keeper. Refused while the device is used.
     /// `Done`.
     Stop,
@@ -292,7 +294,7 @@ impl<R: Read> Lines<R> {
     ///
     /// # Errors
     /// When the line is no such message or longer than 64 MiB.
-    pub fn next<T: DeserializeOwned>(&mut self) -> std::io::Result<Option<T>> {
+    pub fn receive<T: DeserializeOwned>(&mut self) -> std::io::Result<Option<T>> {
         let mut line = Vec::new();
         (&mut self.0).take(MAX_LINE_BYTES).read_until(b'\n', &mut line)?;
         if line.last() != Some(&b'\n') {
@@ -384,6 +386,6 @@ pub fn ask(path: &Path, request: &KeeperRequest) -> Result<KeeperReply, Failure>
     };
     let stream = connect(path).map_err(lost)?;
     send_line(&stream, request).map_err(lost)?;
-    let reply: Option<Result<KeeperReply, Failure>> = Lines::new(&stream).next().map_err(lost)?;
+    let reply: Option<Result<KeeperReply, Failure>> = Lines::new(&stream).receive().map_err(lost)?;
     reply.unwrap_or_else(|| Err(lost(std::io::ErrorKind::UnexpectedEof.into())))
 }

@@ -44,6 +44,8 @@ const MAX_PAUSE: Duration = Duration::from_secs(5);
 /// A process that lived this long did not die of its start.
 const SETTLED: Duration = Duration::from_secs(10);
 
+/// The control group of a worker's keepers. No machine's id has an underscore.
+pub const CGROUP: &str = "_keepers";
 /// The exit code of a keeper that found another one.
 pub const ALREADY_KEPT: u8 = 3;
 /// What a keeper prints once it can be asked.
@@ -84,7 +86,7 @@ fn run() -> std::io::Result<ExitCode> {
     }
     // A process group leader cannot; then it has no terminal to lose either.
     let _ = rustix::process::setsid();
-    process::leave_cgroup(spec.site.worker.as_str(), "_keepers");
+    process::leave_cgroup(spec.site.worker.as_str(), CGROUP);
     process::harden();
     let listener = control::listen(&paths.socket())?;
     let keeper =
@@ -280,7 +282,7 @@ impl Keeper {
         }
         let mut lines = Lines::new(stream);
         loop {
-            let answer = match lines.next::<KeeperRequest>() {
+            let answer = match lines.receive::<KeeperRequest>() {
                 Ok(Some(request)) => self.handle(request),
                 Ok(None) => return,
                 Err(error) => Err(failure(FailureCode::Refused, format!("no request of this version: {error}"))),
@@ -302,6 +304,7 @@ impl Keeper {
     fn handle(&self, request: KeeperRequest) -> Result<KeeperReply, Failure> {
         match request {
             KeeperRequest::Status => return Ok(KeeperReply::Status(Box::new(self.status()))),
+            KeeperRequest::Kept => return Ok(KeeperReply::Status(Box::new(self.kept()))),
             KeeperRequest::Volume { request } => return self.call(&request).map(|reply| KeeperReply::Volume { reply }),
             KeeperRequest::Header => {
                 let header = files::header_area(&self.spec)?;
@@ -324,26 +327,28 @@ impl Keeper {
             KeeperRequest::Start { work } => self.start(*work),
             KeeperRequest::Seal { export } => self.seal(export),
             KeeperRequest::Stop => self.stop(),
-            KeeperRequest::Status | KeeperRequest::Volume { .. } | KeeperRequest::Header => {
+            KeeperRequest::Status | KeeperRequest::Kept | KeeperRequest::Volume { .. } | KeeperRequest::Header => {
                 Err(failure(FailureCode::Refused, "answered above"))
             }
         }
     }
 
+    fn kept(&self) -> KeeperStatus {
+        let state = self.state();
+        KeeperStatus {
+            pid: std::process::id(),
+            volume_pid: state.pid,
+            restarts: state.restarts,
+            work: state.work.clone(),
+            device: state.device.as_ref().map(|device| device.path().to_owned()),
+            volume: None,
+            trouble: state.trouble.as_ref().map(ToString::to_string),
+        }
+    }
+
     fn status(&self) -> KeeperStatus {
-        let (link, mut status) = {
-            let state = self.state();
-            let status = KeeperStatus {
-                pid: std::process::id(),
-                volume_pid: state.pid,
-                restarts: state.restarts,
-                work: state.work.clone(),
-                device: state.device.as_ref().map(|device| device.path().to_owned()),
-                volume: None,
-                trouble: state.trouble.as_ref().map(ToString::to_string),
-            };
-            (state.link.clone(), status)
-        };
+        let mut status = self.kept();
+        let link = self.state().link.clone();
         // Asked once: a status must not wait for a process that is being started again.
         let answer = link.and_then(|link| link.send(VolumeRequest::Status).recv_timeout(Duration::from_secs(5)).ok());
         match answer {
@@ -463,7 +468,7 @@ impl Keeper {
         drop(claim);
         if let Some(device) = device {
             // Behind the answer: the machine waits elsewhere for it.
-            let cleared = std::thread::Builder::new().name("clear".into()).spawn(move || device.clear());
+            let cleared = std::thread::Builder::new().name("clear".into()).spawn(move || device.clear(true));
             if let Err(error) = cleared {
                 tracing::error!(%error, "no thread to clear the device; it clears itself");
             }
@@ -474,15 +479,31 @@ impl Keeper {
     fn stop(&self) -> Result<KeeperReply, Failure> {
         let device = self.state().device.clone();
         let claim = device.as_ref().map(|device| device.claim()).transpose()?;
-        let mut durable = device.as_ref().map_or(Ok(()), |device| device.sync());
-        if self.state().link.is_some() {
-            durable = durable.and(self.call(&VolumeRequest::Quiesce).map(|_| ()));
-        }
+        // A process that is being started again finishes what it was given.
+        let deadline = Some(Instant::now() + RESTART_PATIENCE);
+        let settled = |state: &State| state.link.is_some() || state.work.is_none() || state.trouble.is_some();
+        let (state, _) = self.wait_until(self.state(), deadline, settled);
+        let (runs, trouble) = (state.link.is_some(), state.trouble.clone());
+        let works = state.work.is_some();
+        drop(state);
+        let durable = if runs {
+            let synced = device.as_ref().map_or(Ok(()), |device| device.sync());
+            synced.and(self.call(&VolumeRequest::Quiesce).map(drop))
+        } else if works {
+            // Nobody serves the device any more, so syncing it would wait for ever.
+            Err(trouble.unwrap_or_else(|| failure(FailureCode::Stuck, "the volume process does not start")))
+        } else {
+            Ok(())
+        };
         self.state().device.take();
         drop(claim);
+        if !runs {
+            // With the last descriptor of the connection gone, the device's requests fail instead of waiting.
+            self.change(|state| state.work = None);
+        }
         // Served to its end: the kernel closes the file through the process that is still there.
         if let Some(device) = device.and_then(Arc::into_inner) {
-            device.clear();
+            device.clear(runs);
         }
         self.change(|state| {
             state.stopping = true;

@@ -4,6 +4,10 @@
 //! true of the files beside it. Every command can be performed again after a crash at any point between: it looks at what
 //! is there (metadata, a living keeper) and does what is left.
 //!
+//! Two changes lie between a machine's stop and its start and are written behind the outcome: `sealed`, whose truth is the
+//! agent's journal (a volume found whole is sealed again), and `clone`, whose truth is the map, durable before `Begin` is
+//! answered (a prepared volume with a map is a clone).
+//!
 //! | `volume.json` | files | keeper |
 //! |---|---|---|
 //! | creating, preparing | half-made: made anew or removed | perhaps |
@@ -13,8 +17,9 @@
 //! | sealed | payload that no one writes | while exporting |
 //! | freed | none but `volume.json` | no |
 
+use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use decant_base::{Bytes, VolumeId};
 use decant_dataplane::{Command, Failure, FailureCode, MissingPolicy, Outcome, Plane, Promises, VolumeState};
@@ -35,8 +40,11 @@ pub struct UserPlane {
     /// SHA-256 fingerprint of this worker's certificate.
     certificate: String,
     /// Held while a `volume.json` is read, changed and written: limits and policies change under running commands.
-    metadata: Mutex<()>,
+    metadata: Arc<Mutex<Unwritten>>,
 }
+
+/// Metadata on its way to disk.
+type Unwritten = HashMap<VolumeId, Metadata>;
 
 fn failure(code: FailureCode, message: impl Into<String>) -> Failure {
     Failure { code, message: message.into() }
@@ -74,7 +82,7 @@ impl UserPlane {
         }
         let identity = Identity::load(&site.tls.paths())
             .map_err(|error| refused(format!("this worker's certificate cannot be used: {error}")))?;
-        Ok(Self { certificate: identity.fingerprint().to_string(), site, metadata: Mutex::new(()) })
+        Ok(Self { certificate: identity.fingerprint().to_string(), site, metadata: Arc::default() })
     }
 
     /// SHA-256 fingerprint, hex, of this worker's certificate: the `peer` of exports for it.
@@ -86,29 +94,84 @@ impl UserPlane {
         self.site.paths(volume)
     }
 
+    fn unwritten(&self) -> MutexGuard<'_, Unwritten> {
+        self.metadata.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn load(&self, volume: &VolumeId) -> Result<Option<Metadata>, Failure> {
-        Ok(Metadata::load(&self.paths(volume))?)
+        self.load_under(&self.unwritten(), volume)
+    }
+
+    fn load_under(&self, unwritten: &Unwritten, volume: &VolumeId) -> Result<Option<Metadata>, Failure> {
+        if let Some(metadata) = unwritten.get(volume) {
+            return Ok(Some(metadata.clone()));
+        }
+        let paths = self.paths(volume);
+        let mut metadata = Metadata::load(&paths)?;
+        if let Some(Metadata { state, .. }) = &mut metadata
+            && let State::Prepared { migration, origin: Some(origin), room, .. } = &*state
+            && paths.map().exists()
+        {
+            // It was begun, and a power cut came before that was written here.
+            *state = State::Clone { migration: migration.clone(), origin: origin.clone(), room: *room };
+        }
+        Ok(metadata)
     }
 
     fn need(&self, volume: &VolumeId) -> Result<Metadata, Failure> {
-        self.load(volume)?.ok_or_else(|| {
-            refused(format!(
-                "worker {} has no volume {volume}; `decant volume list` shows those it has",
-                self.site.worker
-            ))
-        })
+        self.load(volume)?.ok_or_else(|| self.unknown(volume))
+    }
+
+    fn unknown(&self, volume: &VolumeId) -> Failure {
+        let worker = &self.site.worker;
+        refused(format!("worker {worker} has no volume {volume}; `decant volume list` shows those it has"))
     }
 
     /// Changes the metadata durably; returns what it is then.
     fn update(&self, volume: &VolumeId, change: impl FnOnce(&mut Metadata)) -> Result<Metadata, Failure> {
-        let _guard = self.metadata.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut metadata = self.need(volume)?;
-        let before = metadata.clone();
-        change(&mut metadata);
-        if metadata != before {
+        let mut unwritten = self.unwritten();
+        let (metadata, changed) = self.changed(&unwritten, volume, change)?;
+        if changed || unwritten.contains_key(volume) {
             metadata.store(&self.paths(volume))?;
+            unwritten.remove(volume);
         }
         Ok(metadata)
+    }
+
+    /// Changes the metadata for everyone here at once, on disk a little later.
+    fn update_soon(&self, volume: &VolumeId, change: impl FnOnce(&mut Metadata)) -> Result<(), Failure> {
+        let mut unwritten = self.unwritten();
+        let (metadata, changed) = self.changed(&unwritten, volume, change)?;
+        if !changed {
+            return Ok(());
+        }
+        unwritten.insert(volume.clone(), metadata);
+        drop(unwritten);
+        let (all, volume, paths) = (Arc::clone(&self.metadata), volume.clone(), self.paths(volume));
+        let write = move || {
+            let mut unwritten = all.lock().unwrap_or_else(PoisonError::into_inner);
+            // Perhaps written, or changed again, in the meantime.
+            let Some(metadata) = unwritten.get(&volume) else { return };
+            match metadata.store(&paths) {
+                Ok(()) => drop(unwritten.remove(&volume)),
+                Err(error) => tracing::error!(%volume, %error, "metadata is not written; the next change tries again"),
+            }
+        };
+        let spawned = std::thread::Builder::new().name("metadata".into()).spawn(write);
+        spawned.map(drop).map_err(|error| failure(FailureCode::Retry, format!("no thread to write metadata: {error}")))
+    }
+
+    fn changed(
+        &self,
+        unwritten: &Unwritten,
+        volume: &VolumeId,
+        change: impl FnOnce(&mut Metadata),
+    ) -> Result<(Metadata, bool), Failure> {
+        let before = self.load_under(unwritten, volume)?.ok_or_else(|| self.unknown(volume))?;
+        let mut metadata = before.clone();
+        change(&mut metadata);
+        let changed = metadata != before;
+        Ok((metadata, changed))
     }
 
     /// Writes the metadata of a volume that is being made.
@@ -119,12 +182,14 @@ impl UserPlane {
             .map_err(|error| {
                 failure(FailureCode::Retry, format!("{} cannot be made: {error}", paths.state.display()))
             })?;
+        self.unwritten().remove(volume);
         Ok(metadata.store(&paths)?)
     }
 
     /// Removes all files of a volume; its keeper is gone.
     fn remove_files(&self, volume: &VolumeId) -> Result<(), Failure> {
         let paths = self.paths(volume);
+        self.unwritten().remove(volume);
         // The metadata last: without it nothing knows of the rest.
         for path in [paths.image(), paths.map(), paths.state.clone(), paths.run.clone()] {
             let removed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
@@ -141,7 +206,7 @@ impl UserPlane {
 
     fn perform_status(&self, volume: &VolumeId) -> Result<Outcome, Failure> {
         let metadata = self.need(volume)?;
-        let kept = self.keeper_status(volume);
+        let kept = self.keeper(volume, &KeeperRequest::Status);
         let device = kept.as_ref().and_then(|kept| kept.device.clone());
         let state = match &metadata.state {
             State::Creating | State::Preparing { .. } | State::Prepared { .. } => VolumeState::Prepared,
@@ -179,7 +244,7 @@ impl UserPlane {
 
     /// Tells a running volume process what its successors will read in the metadata.
     fn tell(&self, volume: &VolumeId, request: VolumeRequest) -> Result<Outcome, Failure> {
-        if self.keeper_status(volume).is_some_and(|kept| kept.work.is_some()) {
+        if self.kept(volume).is_some_and(|kept| kept.work.is_some()) {
             self.ask_volume(volume, request)?;
         }
         Ok(Outcome::Done)
@@ -198,9 +263,13 @@ impl UserPlane {
         }
     }
 
-    /// How the volume's keeper stands; `None` without one.
-    fn keeper_status(&self, volume: &VolumeId) -> Option<KeeperStatus> {
-        match self.ask(volume, &KeeperRequest::Status) {
+    /// How the volume's keeper stands; `None` without one. Does not ask the volume process.
+    fn kept(&self, volume: &VolumeId) -> Option<KeeperStatus> {
+        self.keeper(volume, &KeeperRequest::Kept)
+    }
+
+    fn keeper(&self, volume: &VolumeId, request: &KeeperRequest) -> Option<KeeperStatus> {
+        match self.ask(volume, request) {
             Ok(KeeperReply::Status(status)) => Some(*status),
             _ => None,
         }
@@ -209,19 +278,29 @@ impl UserPlane {
     /// Starts the volume's process as `work`, in a keeper that is made if there is none. Its device, if it has one.
     fn start(&self, volume: &VolumeId, work: Work) -> Result<Option<PathBuf>, Failure> {
         self.ensure_keeper(volume)?;
-        match self.ask(volume, &KeeperRequest::Start { work: Box::new(work) })? {
-            KeeperReply::Started { device } => Ok(device),
-            other => Err(unexpected(&other)),
+        match self.ask(volume, &KeeperRequest::Start { work: Box::new(work) }) {
+            Ok(KeeperReply::Started { device }) => Ok(device),
+            Ok(other) => Err(unexpected(&other)),
+            Err(cause) => {
+                // A keeper with nothing to keep goes.
+                if self.kept(volume).is_some_and(|kept| kept.work.is_none())
+                    && let Err(error) = self.stop_keeper(volume)
+                {
+                    tracing::warn!(%volume, %error, "a keeper with nothing to keep is left");
+                }
+                Err(cause)
+            }
         }
     }
 
     /// Ends the volume's keeper in good order, if there is one, and clears what a dead one left.
     fn stop(&self, volume: &VolumeId) -> Result<(), Failure> {
-        let stopped = match self.keeper_status(volume) {
+        let stopped = match self.kept(volume) {
             Some(_) => self.stop_keeper(volume),
             None => Ok(()),
         };
         self.clear_leftovers(volume);
+        crate::process::remove_empty_cgroup(self.site.worker.as_str(), crate::keeper::CGROUP);
         stopped
     }
 

@@ -62,12 +62,24 @@ pub fn die_with_parent() {
 pub fn leave_cgroup(worker: &str, leaf: &str) {
     let moved = cgroup2_mount().ok_or_else(|| std::io::Error::other("no cgroup2 is mounted")).and_then(|mount| {
         let group = mount.join("decant").join(worker).join(leaf);
-        std::fs::create_dir_all(&group)?;
-        std::fs::write(group.join("cgroup.procs"), std::process::id().to_string())
+        let join = || {
+            std::fs::create_dir_all(&group)?;
+            std::fs::write(group.join("cgroup.procs"), std::process::id().to_string())
+        };
+        // Between the two, whoever was last there may have removed it.
+        join().or_else(|_| join()).or_else(|_| join())
     });
     if let Err(error) = moved {
         tracing::warn!(%error, "stays in its starter's control group");
     }
+}
+
+/// Removes the control group that [`leave_cgroup`] made, if nobody is in it any more.
+pub fn remove_empty_cgroup(worker: &str, leaf: &str) {
+    let Some(mount) = cgroup2_mount() else { return };
+    let of_worker = mount.join("decant").join(worker);
+    // A group with a process in it, or a worker's with machines, refuses.
+    let _ = std::fs::remove_dir(of_worker.join(leaf)).and_then(|()| std::fs::remove_dir(of_worker));
 }
 
 /// Where the cgroup2 hierarchy is mounted, from /proc/self/mountinfo (proc(5)).

@@ -53,7 +53,7 @@ fn run() -> std::io::Result<()> {
     let control = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
     let mut descriptors = receive_descriptors(&control)?.into_iter();
     let mut lines = Lines::new(control.try_clone()?);
-    let Some(start) = lines.next::<Numbered<VolumeStart>>()? else { return Ok(()) };
+    let Some(start) = lines.receive::<Numbered<VolumeStart>>()? else { return Ok(()) };
     let replies = Arc::new(Mutex::new(control));
     let key = descriptors.next().ok_or_else(|| std::io::Error::other("no key came with the start"))?;
     let opened = Volume::open(start.body, &key, descriptors.next());
@@ -67,7 +67,7 @@ fn run() -> std::io::Result<()> {
     };
     reply(&replies, start.number, Ok(VolumeReply::Done))?;
     let volume = Arc::new(volume);
-    while let Some(request) = lines.next::<Numbered<VolumeRequest>>()? {
+    while let Some(request) = lines.receive::<Numbered<VolumeRequest>>()? {
         // Each on its own: a verification takes minutes, and a status must not wait for it.
         let (volume, replies) = (Arc::clone(&volume), Arc::clone(&replies));
         std::thread::Builder::new().name("request".into()).spawn(move || {

@@ -5,7 +5,7 @@ mod support;
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use decant_base::Bytes;
@@ -72,26 +72,29 @@ fn a_volume_process_killed_during_synced_writes_costs_no_error() {
     let at = world.mount_point("data");
     mount(&device, &at);
     let file = File::options().read(true).write(true).create(true).truncate(true).open(at.join("file")).unwrap();
-    let stop = AtomicBool::new(false);
-    let written = std::thread::scope(|scope| {
+    let (stop, count) = (AtomicBool::new(false), AtomicU64::new(0));
+    std::thread::scope(|scope| {
         let writer = scope.spawn(|| {
             let mut block = vec![0; 64 << 10];
-            let mut n = 0u64;
             while !stop.load(Ordering::Relaxed) {
+                let n = count.load(Ordering::Relaxed);
                 block.fill(n as u8);
                 file.write_all_at(&block, n % 256 * block.len() as u64).unwrap();
                 file.sync_data().unwrap();
-                n += 1;
+                count.store(n + 1, Ordering::Relaxed);
             }
-            n
         });
         for _ in 0..3 {
+            let before = count.load(Ordering::Relaxed);
+            eventually("synced writes go on", || count.load(Ordering::Relaxed) > before + 20 || writer.is_finished());
             worker.kill_volume("v");
         }
+        let before = count.load(Ordering::Relaxed);
+        eventually("synced writes go on", || count.load(Ordering::Relaxed) > before + 20 || writer.is_finished());
         stop.store(true, Ordering::Relaxed);
-        writer.join().unwrap()
+        writer.join().unwrap();
     });
-    assert!(written > 3, "only {written} writes");
+    let written = count.load(Ordering::Relaxed);
     assert_eq!(worker.keeper("v").unwrap().restarts, 3);
     drop(file);
     unmount(&at);
@@ -246,4 +249,33 @@ fn attach_is_quick() {
     let begun = Instant::now();
     worker.detach("v");
     println!("create 100 GiB {made:?}, attach {attached:?}, detach {:?}", begun.elapsed());
+}
+
+#[test]
+fn a_volume_that_failed_says_so_and_can_be_put_away() {
+    if cannot_run("a_volume_that_failed_says_so_and_can_be_put_away") {
+        return;
+    }
+    let world = World::new();
+    let worker = world.worker("failed", Bytes::mib(4));
+    worker.create("v", Bytes::mib(8));
+    let device = worker.attach("v");
+    // What a failed fsync leaves, and the end of the process that saw it.
+    let note = worker.site.paths(&volume("v")).map().with_extension("failed");
+    std::fs::write(&note, "the last flush failed: EIO").unwrap();
+    let before = worker.keeper("v").unwrap();
+    kill(before.volume_pid.unwrap());
+    eventually("the successor refuses", || worker.keeper("v").unwrap().trouble.is_some());
+    assert!(worker.status("v").failed.is_some_and(|why| why.contains("the last flush failed")));
+    let reader = std::thread::spawn(move || std::fs::read(device).map(|bytes| bytes.len()));
+    let refusal = worker.perform(Command::Detach { volume: volume("v") }).unwrap_err();
+    assert_eq!(refusal.code, FailureCode::Stuck, "{refusal}");
+    assert!(reader.join().unwrap().is_err(), "a read ends with an error instead of waiting");
+    worker.assert_nothing_left("v");
+    let refusal = worker.perform(Command::Attach { volume: volume("v") }).unwrap_err();
+    assert_eq!(refusal.code, FailureCode::Stuck, "{refusal}");
+    worker.assert_nothing_left("v");
+    std::fs::remove_file(note).unwrap();
+    worker.attach("v");
+    worker.detach("v");
 }

@@ -12,15 +12,17 @@ const SIZE: usize = 8 << 20;
 /// Reads from here on are parked.
 const PARKED: u64 = 4 << 20;
 
+type Parked = (u64, usize, Box<dyn ReadSink>);
+
 struct Memory {
     parks: bool,
     bytes: Mutex<Vec<u8>>,
-    parked: Mutex<mpsc::Sender<(u64, usize, Box<dyn ReadSink>)>>,
+    parked: Mutex<mpsc::Sender<Parked>>,
     seen: Mutex<Vec<String>>,
 }
 
 impl Memory {
-    fn new(parks: bool) -> (Arc<Self>, mpsc::Receiver<(u64, usize, Box<dyn ReadSink>)>) {
+    fn new(parks: bool) -> (Arc<Self>, mpsc::Receiver<Parked>) {
         let (sender, receiver) = mpsc::channel();
         let memory =
             Self { parks, bytes: Mutex::new(vec![0; SIZE]), parked: Mutex::new(sender), seen: Mutex::new(Vec::new()) };
@@ -34,7 +36,7 @@ impl Backend for Memory {
     }
 
     fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<Served, Errno> {
-        if self.parks && offset >= PARKED && offset < PARKED + (2 << 20) {
+        if self.parks && (PARKED..PARKED + (2 << 20)).contains(&offset) {
             return Ok(Served::Missing);
         }
         buffer.copy_from_slice(&self.bytes.lock().unwrap()[offset as usize..][..buffer.len()]);
@@ -141,7 +143,7 @@ fn parked_reads_stall_nothing() {
     block.sync_all().unwrap();
     for (offset, length, sink) in parked {
         let n = (offset - PARKED) / 4096;
-        if n % 2 == 0 {
+        if n.is_multiple_of(2) {
             sink.complete(Ok(&vec![n as u8; length]));
         } else {
             sink.complete(Err(Errno::IO));

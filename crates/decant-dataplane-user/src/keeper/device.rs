@@ -83,11 +83,14 @@ impl Device {
         })
     }
 
-    /// Takes the device away. Whoever still has it open sees errors from here on.
-    pub(super) fn clear(self) {
-        let bound = Path::new("/sys/block").join(self.path.file_name().unwrap_or_default()).join("loop");
-        if let Err(error) = self.disk.clear() {
-            tracing::error!(%error, device = %self.path.display(), "the loop device cannot be cleared");
+    /// Takes the device away. Whoever still has it open sees errors from here on. `served`: a volume process answers.
+    pub(super) fn clear(self, served: bool) {
+        let Self { path, fuse, disk } = self;
+        // Held to the end where somebody answers; else the first to go, so that nothing waits for an answer.
+        let _fuse = served.then_some(fuse);
+        let bound = Path::new("/sys/block").join(path.file_name().unwrap_or_default()).join("loop");
+        if let Err(error) = disk.clear() {
+            tracing::error!(%error, device = %path.display(), "the loop device cannot be cleared");
         }
         let deadline = Instant::now() + CLEAR_TIMEOUT;
         while bound.exists() && Instant::now() < deadline {

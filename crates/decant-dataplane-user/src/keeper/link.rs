@@ -101,7 +101,7 @@ impl Process {
 
     /// The answer to the start; `None` if it died first.
     pub(super) fn started(&mut self) -> Option<Answer> {
-        self.lines.next::<Numbered<Answer>>().ok().flatten().map(|answer| answer.body)
+        self.lines.receive::<Numbered<Answer>>().ok().flatten().map(|answer| answer.body)
     }
 
     pub(super) fn link(&self) -> std::io::Result<Link> {
@@ -111,7 +111,7 @@ impl Process {
     /// Hands answers to those who wait until the process is gone. `done` is told of each request that succeeded, before its
     /// sender is: what a successor must know is known before anybody acts upon it.
     pub(super) fn serve(&mut self, link: &Link, done: impl Fn(&VolumeRequest, &VolumeReply)) {
-        while let Ok(Some(answer)) = self.lines.next::<Numbered<Answer>>() {
+        while let Ok(Some(answer)) = self.lines.receive::<Numbered<Answer>>() {
             let Some(waiting) = link.take(answer.number) else { continue };
             if let Ok(reply) = &answer.body {
                 done(&waiting.request, reply);

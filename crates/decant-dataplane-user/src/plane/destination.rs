@@ -88,7 +88,7 @@ impl UserPlane {
 
     /// The device of a prepared volume, connected to `origin`.
     fn assembled(&self, volume: &VolumeId, origin: &Origin) -> Result<PathBuf, Failure> {
-        let kept = self.keeper_status(volume);
+        let kept = self.kept(volume);
         if let Some(kept) = &kept
             && let (Some(device), Some(work)) = (&kept.device, &kept.work)
             && work.clone.as_ref().is_some_and(|clone| clone.origin == *origin)
@@ -147,7 +147,7 @@ impl UserPlane {
         let clone = CloneWork { migration: migration.clone(), origin: origin.clone(), begun: true };
         // The map first: metadata that says "clone" without a map would be a volume that cannot be read.
         self.ask_volume(volume, VolumeRequest::Begin { live: seal.live.clone(), epoch, clone })?;
-        self.update(volume, |metadata| {
+        self.update_soon(volume, |metadata| {
             metadata.epoch = epoch;
             metadata.state = State::Clone { migration: migration.clone(), origin: origin.clone(), room };
         })?;
@@ -159,16 +159,9 @@ impl UserPlane {
             Some(State::Preparing { migration: of } | State::Prepared { migration: of, .. }) => of == *migration,
             _ => false,
         };
+        // A begun one is a clone, also when a power cut left only its map to say so.
         if !ours {
             return Ok(Outcome::Done);
-        }
-        if self.paths(volume).map().exists() {
-            return Err(failure(
-                FailureCode::Stuck,
-                format!(
-                    "volume {volume} was begun for migration {migration}; it is not removed, because a machine may have written to it"
-                ),
-            ));
         }
         self.stop(volume)?;
         self.remove_files(volume)?;
@@ -182,7 +175,7 @@ impl UserPlane {
             (_, Some((of, verification))) if of == migration => return Ok(Outcome::Verified(*verification)),
             (state, _) => return Err(not_prepared(volume, migration, state)),
         }
-        if self.keeper_status(volume).is_none_or(|kept| kept.work.is_none()) {
+        if self.kept(volume).is_none_or(|kept| kept.work.is_none()) {
             // The machine is stopped, and the clone fills all the same.
             self.attach(volume)?;
         }

@@ -24,7 +24,7 @@ const MARGIN: u64 = 16 << 20;
 impl UserPlane {
     /// Makes sure that the volume has a keeper.
     pub(super) fn ensure_keeper(&self, volume: &VolumeId) -> Result<(), Failure> {
-        if self.keeper_status(volume).is_some() {
+        if self.kept(volume).is_some() {
             return Ok(());
         }
         self.clear_leftovers(volume);
@@ -33,7 +33,7 @@ impl UserPlane {
             match self.spawn_keeper(volume)? {
                 Spawned::Ready => return Ok(()),
                 // One that is ending, or one that another agent has just started.
-                Spawned::AlreadyKept if self.keeper_status(volume).is_some() => return Ok(()),
+                Spawned::AlreadyKept if self.kept(volume).is_some() => return Ok(()),
                 Spawned::AlreadyKept if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
                 Spawned::AlreadyKept => {
                     return Err(failure(
@@ -94,7 +94,7 @@ impl UserPlane {
         let stream = control::connect(&socket).map_err(io)?;
         send_line(&stream, &KeeperRequest::Stop).map_err(io)?;
         let mut lines = Lines::new(&stream);
-        let answer = lines.next::<Result<KeeperReply, Failure>>().map_err(io)?;
+        let answer = lines.receive::<Result<KeeperReply, Failure>>().map_err(io)?;
         let result = match answer {
             Some(answer) => answer.map(|_| ()),
             None => {
@@ -103,7 +103,7 @@ impl UserPlane {
         };
         if result.is_ok() {
             // The connection ends with the process.
-            let _ = lines.next::<KeeperReply>();
+            let _ = lines.receive::<KeeperReply>();
         }
         result
     }

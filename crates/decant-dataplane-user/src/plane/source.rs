@@ -64,7 +64,7 @@ impl UserPlane {
             Some((_, digest)) => digest,
             None => self.header(volume)?.1,
         };
-        self.update(volume, |metadata| {
+        self.update_soon(volume, |metadata| {
             metadata.port = Some(port);
             metadata.exported = Some((migration.clone(), header_digest.clone()));
             metadata.state = State::Sealed { migration: migration.clone(), peer: peer.to_owned() };
@@ -82,7 +82,7 @@ impl UserPlane {
                 })?;
             }
             Some(State::Whole) => {
-                let kept = self.keeper_status(volume).and_then(|kept| kept.work);
+                let kept = self.kept(volume).and_then(|kept| kept.work);
                 let open =
                     kept.filter(|work| work.export.as_ref().is_some_and(|export| export.migration == *migration));
                 match open {
@@ -125,7 +125,7 @@ impl UserPlane {
 
     /// Makes sure that a volume process runs: the attached one, or, of a stopped machine, one without a device.
     fn run_for_export(&self, volume: &VolumeId, metadata: &Metadata) -> Result<(), Failure> {
-        if self.keeper_status(volume).is_none_or(|kept| kept.work.is_none()) {
+        if self.kept(volume).is_none_or(|kept| kept.work.is_none()) {
             self.start(volume, Self::work(metadata, false))?;
         }
         Ok(())

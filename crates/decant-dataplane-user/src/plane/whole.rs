@@ -79,7 +79,7 @@ impl UserPlane {
             }
             state => return Err(refused(format!("volume {volume} cannot be attached: it is {}", describe(state)))),
         }
-        let kept = self.keeper_status(volume);
+        let kept = self.kept(volume);
         if let Some(device) = kept.as_ref().and_then(|kept| kept.device.clone()) {
             return Ok(Outcome::Attached { device });
         }
@@ -113,7 +113,7 @@ impl UserPlane {
             Some(Metadata { state: State::Sealed { .. }, .. }) => {}
             // The copy of a migration whose export was closed. Whatever is in use refuses to stop.
             Some(Metadata { state: State::Whole, .. })
-                if self.keeper_status(volume).is_none_or(|kept| kept.device.is_none()) => {}
+                if self.kept(volume).is_none_or(|kept| kept.device.is_none()) => {}
             Some(metadata) => {
                 let state = describe(&metadata.state);
                 return Err(refused(format!("volume {volume} is no sealed copy that could be freed: it is {state}")));

@@ -69,14 +69,15 @@ impl Authority {
 pub(crate) struct World {
     pub(crate) directory: tempfile::TempDir,
     authority: Authority,
-    workers: std::cell::RefCell<Vec<SiteConfig>>,
 }
 
 impl World {
     pub(crate) fn new() -> Self {
-        let directory = tempfile::Builder::new().prefix("decant-plane-test-").tempdir().unwrap();
+        clean_up_after_killed_runs();
+        let prefix = format!("{PREFIX}{}-", std::process::id());
+        let directory = tempfile::Builder::new().prefix(&prefix).tempdir().unwrap();
         let authority = Authority::new(directory.path());
-        Self { directory, authority, workers: std::cell::RefCell::default() }
+        Self { directory, authority }
     }
 
     pub(crate) fn worker(&self, name: &str, header: Bytes) -> Worker {
@@ -93,7 +94,6 @@ impl World {
             exe: env!("CARGO_BIN_EXE_decant-plane-test").into(),
         };
         let plane = UserPlane::new(site.clone()).unwrap();
-        self.workers.borrow_mut().push(site.clone());
         let home = home.canonicalize().unwrap();
         Worker { plane, site: SiteConfig { state_dir: home.join("state"), run_dir: home.join("run"), ..site }, home }
     }
@@ -105,23 +105,44 @@ impl World {
     }
 }
 
-impl Drop for World {
-    fn drop(&mut self) {
-        let root = self.directory.path().display().to_string();
-        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-        for mount in mounts.lines().filter_map(|line| line.split(' ').nth(1)).filter(|path| path.starts_with(&root)) {
-            let _ = Process::new("umount").args(["-l", mount]).status();
+const PREFIX: &str = "decant-plane-test-";
+
+/// What a run that was killed left: its directories are named after its process.
+fn clean_up_after_killed_runs() {
+    for entry in std::fs::read_dir(std::env::temp_dir()).into_iter().flatten().flatten() {
+        let name = entry.file_name().into_string().unwrap_or_default();
+        let Some(pid) = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next()) else { continue };
+        if !Path::new("/proc").join(pid).exists() {
+            clean_up(&entry.path());
+            let _ = std::fs::remove_dir_all(entry.path());
         }
-        for site in self.workers.borrow().iter() {
-            let Ok(volumes) = std::fs::read_dir(site.run_dir.join("volumes")) else { continue };
-            for entry in volumes.flatten() {
-                if let Ok(KeeperReply::Status(status)) =
-                    control::ask(&entry.path().join("keeper.sock"), &KeeperRequest::Status)
-                {
-                    kill(status.pid);
-                }
+    }
+}
+
+/// Unmounts what is mounted in `directory` and ends the keepers that have their sockets there.
+fn clean_up(directory: &Path) {
+    let root = directory.display().to_string();
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    for mount in mounts.lines().filter_map(|line| line.split(' ').nth(1)).filter(|path| path.starts_with(&root)) {
+        let _ = Process::new("umount").args(["-l", mount]).status();
+    }
+    for worker in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+        for volume in std::fs::read_dir(worker.path().join("run/volumes")).into_iter().flatten().flatten() {
+            if let Ok(KeeperReply::Status(status)) =
+                control::ask(&volume.path().join("keeper.sock"), &KeeperRequest::Kept)
+            {
+                kill(status.pid);
+                eventually("a killed keeper ends", || !Path::new(&format!("/proc/{}", status.pid)).exists());
             }
         }
+        let name = worker.file_name().into_string().unwrap_or_default();
+        decant_dataplane_user::process::remove_empty_cgroup(&name, decant_dataplane_user::keeper::CGROUP);
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        clean_up(self.directory.path());
         if std::thread::panicking() {
             for log in find_logs(self.directory.path()) {
                 println!("---- {}\n{}", log.display(), std::fs::read_to_string(&log).unwrap_or_default());
