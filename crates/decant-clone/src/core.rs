@@ -465,7 +465,7 @@ impl<W> CloneCore<W> {
         self.pace.set_limit(now, limit);
     }
 
-    /// Switches the hydration off or on; reads are served in any case.
+    /// Holds the hydration back, or lets it go on; reads are served in any case.
     pub fn set_hydrate(&mut self, on: bool) {
         self.hydrate = on;
     }

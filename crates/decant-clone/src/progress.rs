@@ -93,7 +93,7 @@ pub struct Facts {
     pub best_rate: u64,
     /// The limit.
     pub limit: Option<u64>,
-    /// Hydration is switched off.
+    /// The caller holds the hydration back.
     pub paused: bool,
 }
 
@@ -125,7 +125,7 @@ impl Facts {
             return format!("SLOW: the origin cannot read {} blocks; they are tried again", self.unreadable);
         }
         if self.paused {
-            return "THROTTLED: hydration is switched off".into();
+            return "THROTTLED: this worker's disk takes no more for now".into();
         }
         match self.limit {
             Some(limit) if self.rate.saturating_mul(5) >= limit.saturating_mul(4) || limit < self.best_rate => {

@@ -7,6 +7,7 @@ use decant_clone::marks;
 use decant_clone::{CloneCore, Scope, SyncedWrite};
 use rustix::io::Errno;
 
+use super::fill::HOLD_AT;
 use super::{Engine, Life, MapFiles, Medium, lock};
 
 /// Punch the marks file when so many bytes of it are superfluous.
@@ -83,7 +84,10 @@ impl Engine {
             self.fail(&format!("syncing the image failed: {error}"));
             return Err(Errno::IO);
         }
-        self.unsynced.fetch_sub(unsynced, Ordering::AcqRel);
+        if self.unsynced.fetch_sub(unsynced, Ordering::AcqRel) > HOLD_AT {
+            // The hydration may have been held back, with nothing left in flight whose answer would set it going again.
+            self.wake_pump();
+        }
         let Some(commit) = commit else { return Ok(()) };
         decant_base::crash::point("map:data-synced");
         let files = lock(&self.files).clone();

@@ -19,9 +19,9 @@ const NO_ROOM_PAUSE: Duration = Duration::from_secs(5);
 /// The background commit comes at least so often while there is something to commit.
 const COMMIT_EVERY: Duration = Duration::from_secs(1);
 /// And when so much was stored since the last sync, so that a guest's flush finds little left to write.
-const COMMIT_AT: u64 = 32 << 20;
-/// With so much stored and not synced, the hydration waits for the medium.
-const HOLD_AT: u64 = 128 << 20;
+const COMMIT_AT: u64 = if cfg!(test) { 256 << 10 } else { 32 << 20 };
+/// With so much stored and not synced, the hydration waits for the medium. (Small in tests, so that it happens there.)
+pub(super) const HOLD_AT: u64 = if cfg!(test) { 512 << 10 } else { 128 << 20 };
 
 /// A timer need not be finer: a full window is refilled by answers, not by time.
 const SHORTEST_WAIT: Duration = Duration::from_millis(1);
@@ -152,6 +152,11 @@ impl Engine {
         if self.pump_once().is_some() {
             self.fill.pump.raise();
         }
+    }
+
+    /// Has the pump look again, on its own thread.
+    pub(super) fn wake_pump(&self) {
+        self.fill.pump.raise();
     }
 
     /// As `pump`; returns when there may be more to send although nothing else happens.
@@ -377,10 +382,6 @@ fn commit_thread(engine: &Weak<Engine>, signal: &Signal) {
         if engine.is_plain() {
             return;
         }
-        let held = engine.unsynced.load(Ordering::Acquire) > HOLD_AT;
         engine.commit_lazily();
-        if held {
-            engine.pump();
-        }
     }
 }
