@@ -27,6 +27,12 @@
 //! it; rows here come from root and from workers with certificates. A commit may also be asked not to be durable by itself
 //! ([`Change::durable`]); it is then lost by a crash unless a durable one follows.
 //!
+//! What this assumes of the medium: a sync that returned is kept; a sector of 512 bytes is written whole or not; what rots
+//! is rare. Rot is noticed when the journal is opened, with one exception: rot in the pages of the very last commit while
+//! the file was not closed looks like a torn commit, and the one before it counts. That needs a crash and rot at once.
+//!
+//! A durable commit takes 0.7 to 8 ms on a shared virtual disk, one that is not durable by itself 0.1 ms.
+//!
 //! **A failed commit is final**: after an error from redb or the disk the journal refuses everything until it is opened
 //! again, because what is on the medium is not known any more.
 
