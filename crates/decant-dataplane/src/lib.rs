@@ -305,11 +305,11 @@ pub enum VolumeState {
 pub struct CloneStatus {
     /// Bytes that were live at the seal.
     pub bytes_total: u64,
-    /// Fetched from the origin and kept.
+    /// Fetched from the origin and not overwritten or discarded since.
     pub bytes_filled: u64,
-    /// Written here, never fetched.
+    /// Of what was live, written here, fetched before or not.
     pub bytes_written: u64,
-    /// Discarded here, never fetched.
+    /// Of what was live, discarded here, fetched before or not.
     pub bytes_discarded: u64,
     /// The exposure: bytes that exist only at the origin.
     pub bytes_missing: u64,
