@@ -137,3 +137,55 @@ impl State {
         Some(index)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Want;
+
+    fn job(token: u64, length: u32, urgent: bool) -> Job {
+        Job::new(Fetch { token, offset: 0, length, want: Want::Data, urgent })
+    }
+
+    fn tokens(pool: &Pool, lane: usize) -> Vec<u64> {
+        std::iter::from_fn(|| pool.take(lane)).map(|job| job.fetch.token).collect()
+    }
+
+    #[test]
+    fn urgent_jobs_have_the_first_lane_and_others_the_least_loaded() {
+        let pool = Pool::new(3);
+        assert_eq!((pool.up(0), pool.up(1), pool.up(2)), (0, 0, 0));
+        assert_eq!(pool.submit(job(1, 100, true)), Some(0));
+        assert_eq!(pool.submit(job(2, 1000, false)), Some(1));
+        assert_eq!(pool.submit(job(3, 100, false)), Some(2));
+        assert_eq!(pool.submit(job(4, 100, false)), Some(2));
+        assert_eq!(pool.submit(job(5, 100, true)), Some(0));
+        assert_eq!((tokens(&pool, 0), tokens(&pool, 1), tokens(&pool, 2)), (vec![1, 5], vec![2], vec![3, 4]));
+        // What was taken still counts until it is answered.
+        assert_eq!(pool.submit(job(6, 900, false)), Some(2));
+        pool.answered(1, &job(2, 1000, false));
+        assert_eq!(pool.submit(job(7, 100, false)), Some(1));
+    }
+
+    #[test]
+    fn jobs_outlive_their_lanes() {
+        let pool = Pool::new(3);
+        assert_eq!(pool.submit(job(1, 100, false)), None);
+        assert_eq!(pool.submit(job(2, 100, true)), None);
+        // The first lane takes what there is; the next one up relieves it of what it has not taken yet.
+        assert_eq!(pool.up(0), 0b001);
+        assert_eq!(pool.up(1), 0b010);
+        assert_eq!((tokens(&pool, 0), tokens(&pool, 1)), (vec![2], vec![1]));
+        assert_eq!(pool.up(2), 0);
+        // Its end: what it owed goes first, ahead of what it had not taken; urgent jobs ahead of all.
+        assert_eq!(pool.submit(job(3, 100, false)), Some(2));
+        assert_eq!(pool.submit(job(4, 100, true)), Some(0));
+        assert_eq!(pool.down(1, [job(1, 100, false)].into_iter()), 0b100);
+        assert_eq!(pool.down(0, [job(2, 100, true)].into_iter()), 0b100);
+        assert_eq!(tokens(&pool, 2), [2, 4, 3, 1]);
+        // And with the last lane gone they wait for any.
+        assert_eq!(pool.down(2, [job(3, 100, false), job(2, 100, true)].into_iter()), 0);
+        assert_eq!(pool.up(1), 0b010);
+        assert_eq!(tokens(&pool, 1), [2, 3]);
+    }
+}

@@ -179,3 +179,38 @@ impl Table {
 fn cookie(index: u32, generation: u32) -> u64 {
     u64::from(generation) << 32 | u64::from(index)
 }
+
+#[cfg(test)]
+#[allow(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+mod tests {
+    use super::*;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Against one flag per byte: a piece is taken if and only if none of it was there.
+        #[test]
+        fn coverage_is_a_set_of_bytes(pieces in vec((0usize..64, 1usize..16), 0..40)) {
+            let mut coverage = Coverage::default();
+            let mut bytes = [false; 80];
+            for (start, length) in pieces {
+                let range = start..start + length;
+                let fresh = bytes[range.clone()].iter().all(|there| !there);
+                prop_assert_eq!(coverage.add(range.start as u64, range.end as u64), fresh);
+                if fresh {
+                    bytes[range].fill(true);
+                }
+                let ranges: Vec<_> = coverage.ranges.windows(2).filter(|pair| pair[0].1 >= pair[1].0).collect();
+                prop_assert!(ranges.is_empty(), "sorted, disjoint, merged");
+                let covered: u64 = coverage.ranges.iter().map(|(start, end)| end - start).sum();
+                prop_assert_eq!(covered, bytes.iter().filter(|there| **there).count() as u64);
+                for end in 0..80u64 {
+                    let all = bytes[..end as usize].iter().all(|there| *there) && !bytes[end as usize..].contains(&true);
+                    prop_assert_eq!(coverage.is_exactly(0, end), all);
+                }
+            }
+        }
+    }
+}
