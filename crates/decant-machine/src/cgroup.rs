@@ -6,14 +6,21 @@
 //! ```
 //! Emptiness of `program` is what "stopped" means; a process id is never asked, for it can be another process's by then.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::XattrFlags;
 
 use crate::spec::Limits;
 
 /// Where the worker's machines are when its run directory is the usual one.
 const USUAL_RUN_DIR: &str = "/run/decant";
+
+/// The extended attribute of a worker's group that names its run directory.
+const RUN_DIR: &str = "trusted.decant.run_dir";
 
 /// The mount point of cgroup2, also where it is mounted beside version 1 (`hybrid`).
 pub(crate) fn mount_point() -> io::Result<PathBuf> {
@@ -83,12 +90,22 @@ pub(crate) fn remove(group: &Path) -> io::Result<()> {
     }
 }
 
-/// Removes groups of workers whose last process is gone and whose run directory was not the usual one: leftovers of demos
-/// and tests. A driver that is alive makes its group again when it needs it.
+/// Makes the group of a worker and notes on it whose it is.
+pub(crate) fn make_worker(group: &Path, run_dir: &Path) -> io::Result<()> {
+    fs::create_dir_all(group)?;
+    // Where extended attributes are not to be had, the group is only never swept.
+    let _ = rustix::fs::setxattr(group, RUN_DIR, run_dir.as_os_str().as_encoded_bytes(), XattrFlags::empty());
+    Ok(())
+}
+
+/// Removes groups of workers without a process and whose run directory is gone: leftovers of demos and tests.
 pub(crate) fn sweep(mount: &Path) {
     let Ok(workers) = fs::read_dir(mount.join("decant")) else { return };
     for worker in workers.flatten() {
-        if worker.file_name().to_string_lossy().contains('.') && matches!(is_populated(&worker.path()), Ok(false)) {
+        let mut noted = [0; 4096];
+        let Ok(length) = rustix::fs::getxattr(worker.path(), RUN_DIR, &mut noted) else { continue };
+        let is_gone = !Path::new(OsStr::from_bytes(noted.get(..length).unwrap_or_default())).exists();
+        if is_gone && matches!(is_populated(&worker.path()), Ok(false)) {
             let _ = remove(&worker.path());
         }
     }

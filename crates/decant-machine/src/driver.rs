@@ -163,7 +163,8 @@ impl ProcessDriver {
         let mount = cgroup::mount_point()?;
         cgroup::sweep(&mount);
         let group = cgroup::of_worker(&mount, config.worker.as_str(), &config.run_dir);
-        fs::create_dir_all(&group)?;
+        fs::create_dir_all(&config.run_dir)?;
+        cgroup::make_worker(&group, &config.run_dir)?;
         let controllers = cgroup::available(&mount);
         Ok(Self { config, group, controllers, digests: check::Digests::default() })
     }

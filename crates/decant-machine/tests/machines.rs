@@ -125,6 +125,30 @@ fn a_prompt_program_is_stopped_in_milliseconds_by_its_own_signal() {
 }
 
 #[test]
+fn a_machine_that_only_waits_costs_nothing_and_can_be_sent_away() {
+    let Some(fixture) = Fixture::new("waits") else { return };
+    let waiting = fixture::with(spec("waiting", &["/bin/sleep", "1000"]), |spec| spec["volume"] = "orders".into());
+    fixture.prepare(&waiting, Epoch(3));
+    let running = spec("running", &["/bin/sleep", "1000"]);
+    fixture.start(&running, None);
+    let status = fixture.wait_for(&waiting, |_| true);
+    assert_eq!((status.state, status.epoch, status.pid), (State::Waiting, Epoch(3), None));
+    // No turn of a loop that nothing asked for: the same processor time, ten times over.
+    let spent = |spec| fixture.shim_ticks(spec);
+    let before = (spent(&waiting), spent(&running));
+    std::thread::sleep(Duration::from_millis(300));
+    let after = (spent(&waiting), spent(&running));
+    assert!(after.0 - before.0 <= 1 && after.1 - before.1 <= 1, "{before:?} {after:?}");
+    assert_eq!(fixture.driver.stop(&waiting.id, PATIENCE).expect("sent away"), Change::Made);
+    assert_eq!(fixture.driver.kill(&running.id, PATIENCE).expect("killed"), Change::Made);
+    for spec in [&waiting, &running] {
+        fixture.driver.remove(&spec.id, false).expect("removed");
+        assert!(fixture.driver.status(&spec.id).expect("a status").is_none());
+    }
+    assert!(fixture.driver.survivors().expect("a list").is_empty());
+}
+
+#[test]
 fn a_mount_copied_into_another_namespace_is_noticed_and_named() {
     let Some(fixture) = Fixture::new("copied") else { return };
     let volume = Volume::new(&fixture, 16);

@@ -74,9 +74,8 @@ pub(super) fn prepare(driver: &ProcessDriver, request: &Prepare<'_>) -> Result<C
 
 fn make_groups(driver: &ProcessDriver, config: &ShimConfig) -> Result<()> {
     let machine = &config.spec.id;
-    let make = || cgroup::make(&config.cgroup, &config.spec.limits);
-    // Another driver's sweep may have removed the worker's empty group in between: once more then.
-    make().or_else(|_| make()).context(machine, || format!("make the cgroup {}", driver.cgroup(machine).display()))
+    cgroup::make(&config.cgroup, &config.spec.limits)
+        .context(machine, || format!("make the cgroup {}", driver.cgroup(machine).display()))
 }
 
 /// A shim is there; is it what was asked for?
