@@ -67,7 +67,8 @@ fn serve(stream: UnixStream, answers: &mut impl Iterator<Item = (u16, String)>, 
         reader.read_exact(&mut body).expect("a body");
         asked.lock().expect("no panic").push(format!("{first} {}", String::from_utf8_lossy(&body)).trim().to_owned());
         let Some((status, text)) = answers.next() else { return };
-        write!(reader.get_mut(), "HTTP/1.1 {status} X\r\nContent-Length: {}\r\n\r\n{text}", text.len()).expect("it is read");
+        write!(reader.get_mut(), "HTTP/1.1 {status} X\r\nContent-Length: {}\r\n\r\n{text}", text.len())
+            .expect("it is read");
     }
 }
 
@@ -120,7 +121,8 @@ fn check(output: &Output, code: i32, stdout: Expect, stderr: Expect) {
 
 #[test]
 fn a_watched_drain_shows_each_change_and_ends_with_0() {
-    let answers = [(DrainPhase::Moving, 0), (DrainPhase::Evacuated, 50), (DrainPhase::Evacuated, 90), (DrainPhase::Drained, 200)];
+    let answers =
+        [(DrainPhase::Moving, 0), (DrainPhase::Evacuated, 50), (DrainPhase::Evacuated, 90), (DrainPhase::Drained, 200)];
     let agent = Canned::new(answers.map(|(phase, done)| ok(&drain(phase, done))).to_vec());
     let output = agent.run(&["drain", "worker-1", "--reason", "disk"]);
     check(
@@ -139,12 +141,18 @@ fn a_watched_drain_shows_each_change_and_ends_with_0() {
         expect![""],
     );
     assert_eq!(agent.asked()[1], "GET /v1/drains/drain-1");
-    assert!(agent.asked()[0].starts_with(r#"POST /v1/drains {"drain":null,"workers":["worker-1"]"#), "{:?}", agent.asked());
+    assert!(
+        agent.asked()[0].starts_with(r#"POST /v1/drains {"drain":null,"workers":["worker-1"]"#),
+        "{:?}",
+        agent.asked()
+    );
 }
 
 #[test]
 fn each_end_of_a_drain_has_its_exit_status() {
-    for (phase, code) in [(DrainPhase::Drained, 0), (DrainPhase::Blocked, 3), (DrainPhase::Deadline, 4), (DrainPhase::Cancelled, 5)] {
+    for (phase, code) in
+        [(DrainPhase::Drained, 0), (DrainPhase::Blocked, 3), (DrainPhase::Deadline, 4), (DrainPhase::Cancelled, 5)]
+    {
         let agent = Canned::new(vec![ok(&drain(DrainPhase::Moving, 0)), ok(&drain(phase, 1))]);
         let output = agent.run(&["-o", "json", "drain", "worker-1"]);
         assert_eq!(output.status.code(), Some(code), "{output:?}");
@@ -172,7 +180,8 @@ fn ctrl_c_detaches_and_says_so() {
     // It has drawn its first line, so it listens for the signal.
     let mut line = String::new();
     BufReader::new(child.stdout.as_mut().expect("a pipe")).read_line(&mut line).expect("a line");
-    rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::INT).expect("it is there");
+    rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::INT)
+        .expect("it is there");
     let output = child.wait_with_output().expect("it ends");
     assert_eq!(output.status.code(), Some(6), "{output:?}");
     assert!(String::from_utf8_lossy(&output.stderr).contains("detached; it goes on"), "{output:?}");
@@ -192,12 +201,18 @@ fn blockers_are_named_with_what_to_do() {
     let output = agent.run(&["drain", "worker-1", "--plan"]);
     assert_eq!(output.status.code(), Some(3));
     let text = String::from_utf8_lossy(&output.stdout);
-    assert!(text.ends_with("blocked: orders on worker-1: no place\n  cause: 4 GiB wanted, worker-2 has 1 GiB free\n  fix:   add room\n"), "{text}");
+    assert!(
+        text.ends_with(
+            "blocked: orders on worker-1: no place\n  cause: 4 GiB wanted, worker-2 has 1 GiB free\n  fix:   add room\n"
+        ),
+        "{text}"
+    );
 }
 
 #[test]
 fn failures_have_a_name_a_cause_and_a_fix() {
-    let refusal = ErrorBody::new(Code::NotFound, "machine not found", "no worker has machine x", "see `decant machine list`");
+    let refusal =
+        ErrorBody::new(Code::NotFound, "machine not found", "no worker has machine x", "see `decant machine list`");
     let answer = (404, serde_json::to_string(&refusal).expect("it is JSON"));
     check(
         &Canned::new(vec![answer.clone()]).run(&["machine", "show", "x"]),
@@ -274,7 +289,10 @@ fn workers_are_listed_with_what_an_operator_looks_for() {
         version: "0.1.0".into(),
     };
     let listing = Listing {
-        items: vec![worker("worker-1", WorkerState::Evacuated, 1, 0), worker("worker-2", WorkerState::Ready, 0, 212 << 20)],
+        items: vec![
+            worker("worker-1", WorkerState::Evacuated, 1, 0),
+            worker("worker-2", WorkerState::Ready, 0, 212 << 20),
+        ],
         unreachable: Vec::new(),
     };
     check(

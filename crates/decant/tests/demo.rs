@@ -51,7 +51,8 @@ fn run(directory: &Path, arguments: &[&str]) -> (Output, Value) {
 
 /// No file, no loop device, no namespace, no process of a demo below `directory`.
 fn nothing_is_left(directory: &Path) {
-    let left: Vec<_> = std::fs::read_dir(directory).expect("it is there").flatten().map(|entry| entry.file_name()).collect();
+    let left: Vec<_> =
+        std::fs::read_dir(directory).expect("it is there").flatten().map(|entry| entry.file_name()).collect();
     assert!(left.iter().all(|name| !name.to_string_lossy().starts_with("decant-demo-")), "{left:?}");
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").expect("it is there");
     let text = directory.to_string_lossy();
@@ -71,7 +72,10 @@ fn a_drain_loses_nothing_and_leaves_nothing_behind() {
     let directory = tempfile::tempdir_in("/var/tmp").expect("a temporary directory");
     let ledger = tempfile::tempdir().expect("a temporary directory");
     let (_, report) = run(directory.path(), &["--moves", "2", "--ledger", &ledger.path().to_string_lossy()]);
-    assert_eq!((&report["writes_lost"], &report["writes_duplicated"], &report["wrong_reads"]), (&0.into(), &0.into(), &0.into()));
+    assert_eq!(
+        (&report["writes_lost"], &report["writes_duplicated"], &report["wrong_reads"]),
+        (&0.into(), &0.into(), &0.into())
+    );
     let (moved, used) = (report["bytes_moved"].as_u64().unwrap_or(0), report["used_bytes"].as_u64().unwrap_or(0));
     assert!(used > 24 << 20 && moved as f64 <= used as f64 * 1.05 + f64::from(2 << 20), "{moved} of {used}");
     assert_eq!(report["source_header_bytes"], 16 << 20);

@@ -35,7 +35,11 @@ fn run(args: &DaemonArgs, what: &str, main: fn(Config) -> Result<(), RunError>) 
         Failure::usage("configuration cannot be used", cause.trim(), fix.trim())
     })?;
     main(config).map(|()| Exit::Done).map_err(|error| {
-        Failure::local(&format!("the {what} ended"), chain(&error), "`decant doctor` checks what it needs of this machine")
+        Failure::local(
+            &format!("the {what} ended"),
+            chain(&error),
+            "`decant doctor` checks what it needs of this machine",
+        )
     })
 }
 

@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::chown;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, ensure};
 use serde::Serialize;
@@ -17,7 +17,7 @@ use super::figures::{Gap, longest_gap};
 use super::ledger::{self, Verdict};
 use super::report::round;
 use super::stage::{ORDERS, PREFIX, Stage, VOLUME};
-use super::{DemoArgs, Interrupt, main_job, oracle, orders, say};
+use super::{DemoArgs, Interrupt, main_job, orders, say};
 use crate::cli::Exit;
 
 /// Writes before and after each move.
@@ -121,7 +121,7 @@ fn copy_boot_kill(stage: &Stage<'_>) -> anyhow::Result<(Order, u64)> {
     stage.wait_load(&load, SAMPLES, PATIENCE)?;
     let snapshot = stage.site.directory().join("snapshot.db");
     ledger::copy_database(&stage.database(1, ORDERS)?, &snapshot)?;
-    send(stage, 1, 2, &snapshot, &data(stage, 2, HOLDER)?.join(orders::DATABASE))?;
+    send(stage, 1, 2, &snapshot, &stage.data(2, HOLDER)?.join(orders::DATABASE))?;
     fs::remove_file(&snapshot)?;
     stage.remove_machine(2, HOLDER)?;
     stage.run_orders(2, COPY, Some(COPY))?;
@@ -145,7 +145,7 @@ fn kill_copy_boot(stage: &Stage<'_>, first: u64) -> anyhow::Result<Order> {
     let began = monotonic_ns();
     stage.remove_machine(2, ORDERS)?;
     run_holder(stage, 2, "reader", VOLUME)?;
-    let (from, to) = (data(stage, 2, "reader")?, data(stage, 1, HOLDER)?);
+    let (from, to) = (stage.data(2, "reader")?, stage.data(1, HOLDER)?);
     for entry in fs::read_dir(&from)?.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file())) {
         send(stage, 2, 1, &entry.path(), &to.join(entry.file_name()))?;
     }
@@ -169,10 +169,6 @@ fn run_holder(stage: &Stage<'_>, worker: u32, machine: &str, volume: &str) -> an
     let command = vec!["/usr/bin/sleep".to_owned(), "infinity".to_owned()];
     stage.run_machine(worker, machine, Some(volume), command, false)?;
     stage.wait_running(worker, machine)
-}
-
-fn data(stage: &Stage<'_>, worker: u32, machine: &str) -> anyhow::Result<PathBuf> {
-    oracle::machine_data(stage.site.worker(worker).name.as_str(), machine)
 }
 
 /// Copies a file over the wire between two workers, and syncs it there.

@@ -92,7 +92,7 @@ fn move_orders(stage: &mut Stage<'_>, from: u32, to: u32, first: u64) -> anyhow:
     stage.wait_load(&load, SAMPLES, SAMPLE_PATIENCE)?;
     let before = stage.volume_status(from, VOLUME)?;
     let device = before.device.clone().context("the volume of a running machine has a device")?;
-    let mounted = oracle::machine_data(stage.site.worker(from).name.as_str(), ORDERS)?;
+    let mounted = stage.data(from, ORDERS)?;
     let used_bytes = oracle::used_bytes(&mounted, &device).context("measuring what is in use")?;
     say(format_args!(
         "  {} writes so far; {} of {} allocated are in use",

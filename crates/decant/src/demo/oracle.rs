@@ -66,30 +66,14 @@ fn range_blocks(range: &str) -> anyhow::Result<u64> {
     Ok(last - first + 1)
 }
 
-/// Processes of a machine, by its cgroup.
-pub(crate) fn machine_processes(worker: &str, machine: &str) -> anyhow::Result<Vec<u32>> {
-    let mount = crate::cli::doctor::cgroup2_mount().context("cgroup2 is not mounted")?;
-    let mut found = Vec::new();
-    processes_below(&mount.join("decant").join(worker).join(machine), &mut found)?;
-    Ok(found)
-}
-
-fn processes_below(cgroup: &Path, found: &mut Vec<u32>) -> anyhow::Result<()> {
-    let text = fs::read_to_string(cgroup.join("cgroup.procs"))
-        .with_context(|| format!("reading the processes of {}", cgroup.display()))?;
-    found.extend(text.lines().filter_map(|line| line.parse::<u32>().ok()));
-    for entry in fs::read_dir(cgroup)?.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
-        processes_below(&entry.path(), found)?;
-    }
-    Ok(())
-}
-
-/// `/data` of a running machine as the host's root sees it.
-pub(crate) fn machine_data(worker: &str, machine: &str) -> anyhow::Result<PathBuf> {
-    let processes = machine_processes(worker, machine)?;
-    let data = processes.iter().map(|pid| PathBuf::from(format!("/proc/{pid}/root/data")));
-    let mut with_data = data.filter(|data| data.join("lost+found").is_dir());
-    with_data.next().with_context(|| format!("no process of machine {machine} on {worker} has /data ({processes:?})"))
+/// `/data` of a running machine as the host's root sees it. `netns` is where the machine's network namespace is pinned.
+pub(crate) fn machine_data(netns: &Path) -> anyhow::Result<PathBuf> {
+    use std::os::unix::fs::MetadataExt;
+    let inode = fs::metadata(netns).with_context(|| format!("looking at {}", netns.display()))?.ino();
+    let processes = fs::read_dir("/proc")?.flatten().map(|entry| entry.path());
+    let inside = processes.filter(|process| fs::metadata(process.join("ns/net")).is_ok_and(|meta| meta.ino() == inode));
+    let mut with_data = inside.map(|process| process.join("root/data")).filter(|data| data.join("lost+found").is_dir());
+    with_data.next().with_context(|| format!("no process in {} has /data", netns.display()))
 }
 
 /// A worker's interface to the other workers.

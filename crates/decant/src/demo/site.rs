@@ -362,11 +362,13 @@ fn clear(run: &str) -> anyhow::Result<()> {
     if directory.exists() {
         fs::remove_dir_all(&directory).with_context(|| format!("removing {}", directory.display()))?;
     }
-    if let Some(mount) = cgroup2_mount() {
-        for index in 1..=WORKERS {
-            // Fails where another run's machines still live in them.
-            remove_cgroups(&mount.join("decant").join(format!("worker-{index}")));
-        }
+    for index in 1..=WORKERS {
+        let (worker, mount) = (format!("worker-{index}"), cgroup2_mount());
+        let run_dir = Path::new(LABS).join(run).join(&worker);
+        // A group that somebody is in stays.
+        let of_machines = decant_machine::worker_cgroup(&worker, &run_dir).ok();
+        let of_keepers = mount.map(|mount| mount.join("decant").join(&worker));
+        of_machines.iter().chain(&of_keepers).for_each(|group| remove_cgroups(group));
     }
     fs::remove_file(&register).context("forgetting the run")
 }

@@ -286,9 +286,14 @@ impl<'a> Stage<'a> {
         Ok(())
     }
 
+    /// `/data` of a running machine, as the host's root sees it.
+    pub(crate) fn data(&self, worker: u32, machine: &str) -> anyhow::Result<PathBuf> {
+        oracle::machine_data(&self.site.worker(worker).run_dir.join("netns").join(machine))
+    }
+
     /// The database of a running machine, as a file that the host's root can open.
     pub(crate) fn database(&self, worker: u32, machine: &str) -> anyhow::Result<PathBuf> {
-        Ok(oracle::machine_data(self.site.worker(worker).name.as_str(), machine)?.join(super::orders::DATABASE))
+        Ok(self.data(worker, machine)?.join(super::orders::DATABASE))
     }
 }
 

@@ -206,7 +206,7 @@ address = "[{peer_address}]:7070"
         let text = String::from_utf8_lossy(&output.stdout);
         // 6: detached, as asked.
         if output.status.success() || output.status.code() == Some(6) {
-            return Ok(serde_json::from_str(text.lines().next_back().unwrap_or_default()).unwrap_or_default());
+            return Ok(serde_json::from_str(&text).unwrap_or_default());
         }
         Err(format!("decant {arguments:?}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr)))
     }
