@@ -454,12 +454,16 @@ impl Keeper {
 
     fn seal(&self, export: ExportWork) -> Result<KeeperReply, Failure> {
         let device = self.state().device.clone();
+        let begun = Instant::now();
         // Held until no write can land.
         let claim = device.as_ref().map(|device| device.claim()).transpose()?;
+        let claimed = begun.elapsed();
         if let Some(device) = &device {
             device.sync()?;
         }
+        let synced = begun.elapsed();
         let reply = self.call(&VolumeRequest::Seal { export })?;
+        tracing::info!(volume = %self.spec.volume, ?claimed, ?synced, total = ?begun.elapsed(), "sealed");
         // The main thread has learned by now that there is no device any more.
         let device = device.and_then(|device| {
             self.state().device.take();

@@ -364,3 +364,45 @@ fn a_destination_that_cannot_refuses_and_leaves_nothing() {
     assert_eq!(source.perform(close), Ok(Outcome::Done));
     source.assert_nothing_left("v");
 }
+
+#[test]
+fn a_tebibyte_moves_like_a_gibibyte() {
+    if cannot_run("a_tebibyte_moves_like_a_gibibyte") {
+        return;
+    }
+    let took = [Bytes::gib(1), Bytes::gib(1024)].map(|size| {
+        let world = World::new();
+        let source = world.worker("size-from", Bytes::mib(16));
+        let destination = world.worker("size-to", Bytes::mib(4));
+        let begun = Instant::now();
+        let at = source_volume(&world, &source, size);
+        let made = begun.elapsed();
+        let opened = open_export(&source, &destination, "m-1");
+        prepare(&destination, &opened, "m-1").unwrap();
+        let begun = Instant::now();
+        let device = assemble(&destination, &opened, "m-1");
+        let assembled = begun.elapsed();
+        unmount(&at);
+        let begun = Instant::now();
+        let sealed = seal(&source, &destination, "m-1").unwrap();
+        let seal_took = begun.elapsed();
+        let begun = Instant::now();
+        begin(&destination, &opened, &sealed, "m-1");
+        let begin_took = begun.elapsed();
+        let there = world.mount_point("at-destination");
+        let begun = Instant::now();
+        mount(&device, &there);
+        let mount_took = begun.elapsed();
+        println!(
+            "{size}: made in {made:?}, assembled in {assembled:?}, sealed in {seal_took:?}, begun in {begin_took:?}, mounted in {mount_took:?}, {} live",
+            Bytes(sealed.live.len() * 4096)
+        );
+        assert_eq!(std::fs::read(there.join("file")).unwrap(), content());
+        verified(&destination, "m-1");
+        unmount(&there);
+        destination.detach("v");
+        source.detach("v");
+        seal_took + begin_took
+    });
+    assert!(took[1] < took[0] * 13 / 10 + Duration::from_millis(300), "1 GiB {:?}, 1 TiB {:?}", took[0], took[1]);
+}
