@@ -124,7 +124,10 @@ pub struct Engine {
     has_failed: AtomicBool,
     failure: Mutex<Option<String>>,
     flusher: commit::Flusher,
+    /// Bytes the hydration stored since the last sync.
     unsynced: AtomicU64,
+    /// When a guest flushed last, in milliseconds since `started`.
+    flushed_ms: AtomicU64,
     origin: Mutex<Option<(Arc<dyn Origin>, String)>>,
     fill: fill::Fill,
     digests: verify::Digests,
@@ -163,6 +166,7 @@ impl Engine {
             failure: Mutex::default(),
             flusher: commit::Flusher::default(),
             unsynced: AtomicU64::new(0),
+            flushed_ms: AtomicU64::new(0),
             origin: Mutex::default(),
             fill: fill::Fill::default(),
             digests: verify::Digests::default(),

@@ -7,7 +7,6 @@ use decant_clone::marks;
 use decant_clone::{CloneCore, Scope, SyncedWrite};
 use rustix::io::Errno;
 
-use super::fill::HOLD_AT;
 use super::{Engine, Life, MapFiles, Medium, lock};
 
 /// Punch the marks file when so many bytes of it are superfluous.
@@ -35,6 +34,7 @@ impl Engine {
     /// # Errors
     /// EIO, now and for ever, once a sync failed.
     pub fn flush(&self) -> Result<(), Errno> {
+        self.note_flush();
         self.commit(Scope::Flush)
     }
 
@@ -84,10 +84,7 @@ impl Engine {
             self.fail(&format!("syncing the image failed: {error}"));
             return Err(Errno::IO);
         }
-        if self.unsynced.fetch_sub(unsynced, Ordering::AcqRel) > HOLD_AT {
-            // The hydration may have been held back, with nothing left in flight whose answer would set it going again.
-            self.wake_pump();
-        }
+        self.synced(self.unsynced.fetch_sub(unsynced, Ordering::AcqRel));
         let Some(commit) = commit else { return Ok(()) };
         decant_base::crash::point("map:data-synced");
         let files = lock(&self.files).clone();

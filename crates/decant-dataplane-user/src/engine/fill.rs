@@ -18,10 +18,23 @@ use crate::device::{Fetch, Origin, OriginSink, Want};
 const NO_ROOM_PAUSE: Duration = Duration::from_secs(5);
 /// The background commit comes at least so often while there is something to commit.
 const COMMIT_EVERY: Duration = Duration::from_secs(1);
-/// And when so much was stored since the last sync, so that a guest's flush finds little left to write.
-const COMMIT_AT: u64 = if cfg!(test) { 256 << 10 } else { 32 << 20 };
-/// With so much stored and not synced, the hydration waits for the medium. (Small in tests, so that it happens there.)
-pub(super) const HOLD_AT: u64 = if cfg!(test) { 512 << 10 } else { 128 << 20 };
+/// How much may be stored and not synced: beyond the first figure the background commit comes at once, beyond the second the
+/// hydration waits for the medium.
+struct Backlog {
+    commit_at: u64,
+    hold_at: u64,
+}
+
+/// A guest's flush must write out what the hydration stored, so while there are flushes it finds little: at 500 MB/s about 12 ms.
+const WITH_FLUSHES: Backlog = Backlog { commit_at: 2 << 20, hold_at: 6 << 20 };
+/// Without them, enough that neither medium nor network waits for the other. (Small in tests, so that it is reached there.)
+const WITHOUT_FLUSHES: Backlog = if cfg!(test) {
+    Backlog { commit_at: 256 << 10, hold_at: 512 << 10 }
+} else {
+    Backlog { commit_at: 32 << 20, hold_at: 128 << 20 }
+};
+/// A guest that flushed so lately will flush again. A machine that just booted counts as one.
+const FLUSHES_LATELY: Duration = Duration::from_secs(2);
 
 /// A timer need not be finer: a full window is refilled by answers, not by time.
 const SHORTEST_WAIT: Duration = Duration::from_millis(1);
@@ -154,9 +167,23 @@ impl Engine {
         }
     }
 
-    /// Has the pump look again, on its own thread.
-    pub(super) fn wake_pump(&self) {
-        self.fill.pump.raise();
+    fn backlog(&self) -> Backlog {
+        let since =
+            self.now().as_millis() as u64 - self.flushed_ms.load(Ordering::Relaxed).min(self.now().as_millis() as u64);
+        if u128::from(since) < FLUSHES_LATELY.as_millis() && !cfg!(test) { WITH_FLUSHES } else { WITHOUT_FLUSHES }
+    }
+
+    /// A guest flushes, or is about to.
+    pub(super) fn note_flush(&self) {
+        self.flushed_ms.store(self.now().as_millis() as u64, Ordering::Relaxed);
+    }
+
+    /// So much was stored before a sync that just ended: the hydration may have been held back, with nothing left in flight
+    /// whose answer would set it going again.
+    pub(super) fn synced(&self, stored: u64) {
+        if stored > WITH_FLUSHES.hold_at.min(WITHOUT_FLUSHES.hold_at) {
+            self.fill.pump.raise();
+        }
     }
 
     /// As `pump`; returns when there may be more to send although nothing else happens.
@@ -165,7 +192,8 @@ impl Engine {
         let mut due = None;
         if let Life::Clone(core) = &mut *lock(&self.life) {
             let now = self.now();
-            let hold = self.unsynced.load(Ordering::Acquire) > HOLD_AT || self.has_failed.load(Ordering::Acquire);
+            let hold = self.unsynced.load(Ordering::Acquire) > self.backlog().hold_at
+                || self.has_failed.load(Ordering::Acquire);
             core.set_hydrate(!hold);
             core.poll(now, &mut plans);
             due = core.next_poll(now).map(|due| due.saturating_sub(now).max(SHORTEST_WAIT));
@@ -228,7 +256,7 @@ impl Engine {
         }
         fail_all(std::mem::take(&mut arrival.failed));
         match landed {
-            Ok(()) if self.unsynced.fetch_add(stored, Ordering::AcqRel) + stored > COMMIT_AT => {
+            Ok(()) if self.unsynced.fetch_add(stored, Ordering::AcqRel) + stored > self.backlog().commit_at => {
                 self.fill.commit.raise()
             }
             Ok(()) | Err(Errno::NOSPC | Errno::DQUOT) => {}

@@ -176,6 +176,7 @@ impl Engine {
             self.phase.store(CLONE, Ordering::Release);
             early
         };
+        self.note_flush();
         self.set_limit(early.limit);
         self.set_policy(if early.eio { MissingPolicy::Eio } else { MissingPolicy::Wait });
         if let Some((up, detail)) = early.link {

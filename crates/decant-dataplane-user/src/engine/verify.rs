@@ -96,7 +96,7 @@ impl Engine {
             *answers = Answers { next: answers.next, ..Answers::default() };
         }
         // Pages not yet written would be compared in memory only.
-        self.flush().map_err(|_| self.stuck())?;
+        self.commit(decant_clone::Scope::Flush).map_err(|_| self.stuck())?;
         let (mut ahead, mut buffer) = (0, Aligned::new((COMPARE * BLOCK) as usize));
         loop {
             let step = match &*lock(&self.life) {
@@ -143,7 +143,7 @@ impl Engine {
         }
         // What was repaired must be on the medium before it is read from there.
         let whole = matches!(&*lock(&self.life), Life::Clone(core) if core.map().count(State::Missing) == 0);
-        whole && self.flush().is_ok()
+        whole && self.commit(decant_clone::Scope::Flush).is_ok()
     }
 
     fn compare(
@@ -259,7 +259,7 @@ impl Engine {
             repaired: counts.repaired,
         };
         // All bytes durable, then the word that all are here.
-        self.flush().map_err(|_| self.stuck())?;
+        self.commit(decant_clone::Scope::Flush).map_err(|_| self.stuck())?;
         let Some(files) = lock(&self.files).clone() else { return Err(self.stuck()) };
         {
             let _one = lock(&files.superblock);
