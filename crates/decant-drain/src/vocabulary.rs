@@ -324,7 +324,7 @@ pub enum Denied {
     },
     /// The destination owns the machine: no cancel any more.
     #[error(
-        "migration {migration} is past its commit point, {to} owns the machine: use undo, or move it back once it is verified"
+        "migration {migration} is past its commit point, {to} owns the machine: use undo; until there is one, move the machine back once it is verified"
     )]
     UseUndo {
         /// Which.

@@ -181,13 +181,16 @@ struct Stepped {
     effects: Vec<u32>,
 }
 
+/// Steps by row and cause; `None` if denied.
+type Steps = HashMap<(u32, Cause), Option<Arc<Stepped>>>;
+
 struct Handoff {
     scope: Scope,
     bug: Bug,
     rows: Interner<Row>,
     effects: Interner<Effect>,
     letters: Interner<Letter>,
-    steps: RwLock<HashMap<(u32, Cause), Option<Arc<Stepped>>>>,
+    steps: RwLock<Steps>,
     /// Transitions between fingerprints, for reachability.
     edges: Mutex<Vec<(u64, u64)>>,
     /// Fingerprints of states in which nothing is left to do.

@@ -181,7 +181,7 @@ fn survives_a_power_cut_at_every_sync() {
                 match variant {
                     0 => {}
                     1 => apply(&mut bytes, op, |_| true),
-                    _ if random.next() % 2 == 0 => apply(&mut bytes, op, |_| random.next() % 3 > 0),
+                    _ if random.next().is_multiple_of(2) => apply(&mut bytes, op, |_| !random.next().is_multiple_of(3)),
                     _ => {}
                 }
             }

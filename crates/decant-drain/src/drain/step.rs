@@ -99,7 +99,7 @@ impl DrainMachine {
 
     /// It takes one of the places of machines that move at once.
     fn is_moving(&self) -> bool {
-        self.migration.is_some() && !self.phase.is_some_and(|phase| phase >= Phase::Verified)
+        self.migration.is_some() && self.phase.is_none_or(|phase| phase < Phase::Verified)
     }
 
     /// Its migration is not to be touched by a new plan.
