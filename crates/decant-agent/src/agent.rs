@@ -185,7 +185,8 @@ impl Running {
         }
     }
 
-    /// Ends the agent; machines run on. What is being performed is finished by nobody: the next start repeats it.
+    /// Ends the agent; machines run on. What is being performed is finished by nobody: the next start repeats it. When this
+    /// returns, another agent may start with the same state.
     pub async fn stop(mut self) {
         self.agent.note("agent.ended", format!("the agent of {} ends; machines run on", self.agent.config.worker));
         self.agent.core.tell(Input::End);
@@ -194,9 +195,18 @@ impl Running {
             let _ = tokio::task::spawn_blocking(move || core.join()).await;
         }
         let _ = std::fs::remove_file(self.agent.config.socket());
+        // Requests that were under way let the journal go one after another; one that hangs is not waited for.
+        let journal = Arc::downgrade(&self.agent.journal);
+        drop(self);
+        for _ in 0..400 {
+            if journal.strong_count() == 0 {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
-    /// Where peers reach it, the port filled in.
+    /// The API's socket.
     pub fn socket(&self) -> PathBuf {
         self.agent.config.socket()
     }

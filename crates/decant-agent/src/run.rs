@@ -55,7 +55,7 @@ pub enum RunError {
 /// # Errors
 /// Why it did not start, or that its journal failed.
 pub fn run(config: Config) -> Result<(), RunError> {
-    runtime()?.block_on(async {
+    block_on(async {
         let end = end()?;
         let deps = deps(&config)?;
         let mut running = Running::start(config, deps).await?;
@@ -91,14 +91,18 @@ pub fn proxy_main(config: Config) -> Result<(), RunError> {
         max_connections: config.proxy.max_connections,
         drain_timeout: PROXY_DRAIN,
     };
-    runtime()?.block_on(async {
+    block_on(async {
         let end = end()?;
         Ok(proxy::run(proxy, resolver, end).await?)
     })
 }
 
-fn runtime() -> Result<tokio::runtime::Runtime, RunError> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(RunError::Process)
+/// Runs `work` to its end. Blocking questions that hang, e.g. in a plane, are not waited for: the process ends without them.
+fn block_on(work: impl Future<Output = Result<(), RunError>>) -> Result<(), RunError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(RunError::Process)?;
+    let result = runtime.block_on(work);
+    runtime.shutdown_background();
+    result
 }
 
 /// Completes at SIGTERM or SIGINT, which are caught from now on.

@@ -299,7 +299,8 @@ impl Stepper {
                 }
                 let new = DrainRow::new(order, worker, was_cordoned, now_ms);
                 let log = line::of_drain(&new, "ordered", &new, now_ms);
-                Ok(Change { row: Write::Put(new.clone()), durable: true, log, points: None, then: Some(new) })
+                let points = points_of(new.state);
+                Ok(Change { row: Write::Put(new.clone()), durable: true, log, points, then: Some(new) })
             },
         );
         match applied {

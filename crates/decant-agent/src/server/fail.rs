@@ -130,7 +130,17 @@ mod tests {
         ];
         let down = Refusal::Down("disk full".to_owned());
         let lines: Vec<String> = all.into_iter().map(Fail::from).chain([down.into()]).map(show).collect();
-        expect![[r#""#]].assert_eq(&lines.join("\n"));
+        expect![[r#"
+            409 {"code":"elsewhere","name":"not the owner","cause":"worker-2 does not own this machine, which is sealed here, it went to worker-3","fix":"ask `decant machine show` which worker owns it"}
+            409 {"code":"exists","name":"machine exists","cause":"this machine is here already (active): choose another name, or remove it first","fix":"choose another name, or remove the machine first"}
+            409 {"code":"conflict","name":"machine is busy","cause":"migration m-0 is under way","fix":"wait until that is over, or cancel it"}
+            409 {"code":"conflict","name":"migration is over","cause":"migration m-1 is over: cleaned","fix":"nothing is left to do"}
+            409 {"code":"too_late","name":"too late to cancel","cause":"migration m-1 is past its commit point, worker-2 owns the machine: use undo, or move it back once it is verified","fix":"move the machine back once its volume is whole"}
+            404 {"code":"not_found","name":"migration not found","cause":"no migration m-1 of this machine is known here","fix":"list them with `decant migration list`"}
+            409 {"code":"conflict","name":"not possible now","cause":"it is stopped already","fix":"look at the machine with `decant machine show`"}
+            409 {"code":"conflict","name":"not awaited","cause":"nobody waits for this outcome","fix":"nothing is left to do"}
+            409 {"code":"refused","name":"impossible message","cause":"worker-2 sent grant, which cannot be: nothing was prepared","fix":"look at the logs of both workers"}
+            503 {"code":"unavailable","name":"agent is ending","cause":"disk full","fix":"start it again; machines run on meanwhile. If it ends again, read its log"}"#]].assert_eq(&lines.join("\n"));
     }
 
     #[test]
@@ -139,7 +149,11 @@ mod tests {
         let lines: Vec<String> = [F::Retry, F::NotYet, F::Refused, F::Stuck]
             .map(|code| show(Failure { code, message: "no room: 1 GiB free, 4 GiB needed".to_owned() }.into()))
             .into();
-        expect![[r#""#]].assert_eq(&lines.join("\n"));
+        expect![[r#"
+            503 {"code":"unavailable","name":"the worker could not do it","cause":"no room: 1 GiB free, 4 GiB needed","fix":"try again"}
+            503 {"code":"unavailable","name":"the worker could not do it","cause":"no room: 1 GiB free, 4 GiB needed","fix":"try again"}
+            409 {"code":"refused","name":"the worker could not do it","cause":"no room: 1 GiB free, 4 GiB needed","fix":"change what the cause names, then try again"}
+            500 {"code":"stuck","name":"the worker could not do it","cause":"no room: 1 GiB free, 4 GiB needed","fix":"look at the agent's log on this worker; nothing is tried again by itself"}"#]].assert_eq(&lines.join("\n"));
     }
 
     fn show(fail: Fail) -> String {
