@@ -25,11 +25,17 @@ pub(super) fn blocks(fs: &FileSystem, volume: &Aligned<'_>, live: &ExtentSet) ->
     }
     let groups = fs.descriptors(volume, fs.groups)?;
     let metadata = metadata(fs, &groups)?;
+    // A large file system's own tables are spread over all of its groups; only where something else is live is there
+    // anything to gain from a bitmap.
+    let mut content = live.clone();
+    for run in fs.to_payload(&metadata).iter() {
+        content.remove(run.range());
+    }
     let mut free = ExtentSet::new();
     let mut bitmaps = Bitmaps { fs, volume, groups: &groups, seed, read: 0, chunk: (0..0, Vec::new()) };
     for (number, group) in (0u64..).zip(&groups) {
         let range = blocks_of(fs, number);
-        if !overlaps(fs, &range, live) {
+        if !overlaps(fs, &range, &content) {
             continue;
         }
         if group.flags & BLOCK_UNINIT != 0 {
