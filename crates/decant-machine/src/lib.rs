@@ -4,6 +4,7 @@
 
 mod cgroup;
 mod driver;
+mod inside;
 mod protocol;
 pub mod shim;
 mod spec;
@@ -12,6 +13,7 @@ mod status;
 mod sys;
 
 pub use driver::{Change, DeviceBusy, DriverConfig, MachineError, Prepare, ProcessDriver, Survivor, probe_exclusive};
+pub use inside::inside;
 pub use spec::{Bind, HealthCheck, Limits, MachineSpec, RestartPolicy};
 pub use status::{Exit, State, Status, Timings};
 

@@ -64,6 +64,10 @@ fn a_machine_sees_its_own_world_and_nothing_of_the_host() {
     // The standard streams and ls's own first line: nothing of the shim's.
     assert_eq!(lines[15], "4", "{log}");
     assert_eq!(lines[lines.len() - 3..], ["survived", "no-mount", "bound"], "{log}");
+    let pid = fixture.pid(&spec, &fixture.wait_for(&spec, |_| true));
+    let seen =
+        decant_machine::inside(pid, || Ok((std::fs::read_to_string("/opt/greeting")?, Path::new("/root").exists())));
+    assert_eq!(seen.expect("seen"), ("bound\n".to_owned(), false));
     let host = run(&["readlink", "/proc/self/ns/net"]);
     let status = fixture.driver.status(&spec.id).expect("a status").expect("it is here");
     let pid = status.pid.expect("a process");

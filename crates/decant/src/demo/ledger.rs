@@ -120,16 +120,30 @@ pub(crate) fn read_rows(database: &Path, prefix: &str) -> anyhow::Result<Vec<Row
     Ok(rows.collect::<Result<_, _>>()?)
 }
 
-/// Copies a live database with SQLite's online backup, as a second process beside the service.
+/// Copies the live database of a machine with SQLite's online backup, as a second process beside the service. `from` is
+/// `/proc/<pid>/root/…`; SQLite resolves that link itself and would end on the host, so it works inside the machine's mounts.
 pub(crate) fn copy_database(from: &Path, to: &Path) -> anyhow::Result<()> {
     use anyhow::Context;
-    let source = Connection::open_with_flags(from, OpenFlags::SQLITE_OPEN_READ_WRITE)
-        .with_context(|| format!("opening {}", from.display()))?;
-    source.busy_timeout(std::time::Duration::from_secs(10))?;
     let mut copy = Connection::open(to).with_context(|| format!("making {}", to.display()))?;
-    let backup = rusqlite::backup::Backup::new(&source, &mut copy)?;
-    backup.run_to_completion(4096, std::time::Duration::ZERO, None).context("copying the database")?;
-    Ok(())
+    // Its path means nothing inside: no journal is to be opened there.
+    copy.pragma_update(None, "journal_mode", "OFF")?;
+    let names: Vec<_> = from.components().map(|part| part.as_os_str().to_string_lossy().into_owned()).collect();
+    let (pid, path) = match &names[..] {
+        [_, proc, pid, root, path @ ..] if proc == "proc" && root == "root" => {
+            (pid.parse().context("reading the process id")?, format!("/{}", path.join("/")))
+        }
+        _ => (std::process::id(), from.display().to_string()),
+    };
+    let copied = decant_machine::inside(pid, || {
+        let mut backup = || -> rusqlite::Result<()> {
+            let source = Connection::open_with_flags(&path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+            source.busy_timeout(std::time::Duration::from_secs(10))?;
+            let backup = rusqlite::backup::Backup::new(&source, &mut copy)?;
+            backup.run_to_completion(4096, std::time::Duration::ZERO, None)
+        };
+        backup().map_err(std::io::Error::other)
+    });
+    copied.with_context(|| format!("copying the database {}", from.display()))
 }
 
 /// Writes the ledger, one JSON object per line.
