@@ -9,7 +9,7 @@ use crate::life;
 use crate::migration::{Back, Migration, Phase, Role};
 use crate::row::{Life, Row, SealedCopy, Went};
 use crate::vocabulary::{Body, Denied, Effect, MachineCommand, Message, Move, Offer};
-use crate::wait::{ASK, LOCAL, RESEND, Wait};
+use crate::wait::{ASK, FREE_COPY, LOCAL, RESEND, Wait};
 
 /// How often a peer that does not answer is told to forget a migration that went back. After that it will ask itself:
 /// a destination that was never granted anything goes on saying that it is ready, and is then told again.
@@ -311,6 +311,12 @@ pub(crate) fn cancel(draft: &mut Draft) -> Result<(), Denied> {
 
 /// The operator's word that the destination is destroyed: the copy kept here boots above anything it was granted.
 pub(crate) fn reclaim(draft: &mut Draft) -> Result<(), Denied> {
+    // What frees it may be on its way to the plane.
+    if draft.row.copy.as_ref().is_some_and(|copy| copy.expires_ms <= draft.now_ms)
+        || draft.row.wait.as_ref().is_some_and(|wait| wait.on == FREE_COPY)
+    {
+        return Err(Denied::Busy { reason: "the copy of this machine has expired and is being freed".to_owned() });
+    }
     let epoch = match (&draft.row.state, &draft.row.copy) {
         (State::Sealed { epoch, .. }, _) => epoch.next().next(),
         (State::Released { epoch }, Some(_)) => {

@@ -8,7 +8,7 @@ use crate::handoff::State;
 use crate::migration::{Phase, Role};
 use crate::row::Row;
 use crate::vocabulary::{Body, Denied, Effect, Event, Message, Step};
-use crate::wait::{self, Wait};
+use crate::wait::{self, FREE_COPY, Wait};
 use crate::{destination, life, orders, source};
 
 /// A copy that is being freed is looked at again after this time, should the outcome get lost, milliseconds.
@@ -80,8 +80,10 @@ fn due(draft: &mut Draft) {
 /// What frees the sealed copy, if its time has come.
 fn expired(row: &Row, now_ms: u64) -> Vec<Effect> {
     let under_way = row.migration.as_ref().is_some_and(|migration| !migration.phase.is_over());
+    // Never the volume of an owner, whatever else the row says.
+    let is_handed_over = matches!(row.state, State::None | State::Released { .. });
     match &row.copy {
-        Some(copy) if copy.expires_ms <= now_ms && !under_way => {
+        Some(copy) if copy.expires_ms <= now_ms && !under_way && is_handed_over => {
             let volume = copy.volume.clone();
             vec![Effect::Plane(Command::Free { volume: volume.clone() }), Effect::Plane(Command::Delete { volume })]
         }
@@ -92,13 +94,13 @@ fn expired(row: &Row, now_ms: u64) -> Vec<Effect> {
 /// Frees the sealed copy if its time has come.
 pub(crate) fn expire(draft: &mut Draft) {
     let (row, now_ms) = (&mut draft.row, draft.now_ms);
-    if row.wait.as_ref().is_some_and(|wait| wait.on != "free-copy" || wait.retry_ms.is_some_and(|at| at > now_ms)) {
+    if row.wait.as_ref().is_some_and(|wait| wait.on != FREE_COPY || wait.retry_ms.is_some_and(|at| at > now_ms)) {
         return;
     }
     let effects = expired(row, now_ms);
     if !effects.is_empty() {
         let mut wait =
-            row.wait.take().unwrap_or_else(|| Wait::new("free-copy", "the copy's payload is discarded", now_ms));
+            row.wait.take().unwrap_or_else(|| Wait::new(FREE_COPY, "the copy's payload is discarded", now_ms));
         wait.retry_ms = Some(now_ms.saturating_add(FREEING_MS));
         row.wait = Some(wait);
         draft.effects.extend(effects);
@@ -130,7 +132,7 @@ fn copy_outcome(draft: &mut Draft, command: &Command, result: &Result<Outcome, F
         }
         (_, Err(failure)) if is_freeing => {
             let (name, now_ms) = (draft.row.machine.as_str().to_owned(), draft.now_ms);
-            wait::retry(&mut draft.row.wait, "free-copy", failure, wait::ASK, &name, now_ms);
+            wait::retry(&mut draft.row.wait, FREE_COPY, failure, wait::ASK, &name, now_ms);
         }
         // A failed Delete before a return shows in the Prepare that follows it.
         _ => {}

@@ -15,6 +15,9 @@ pub(crate) const LOOK: Backoff = Backoff { base_ms: 400, max_ms: 400 };
 /// Between tries to start a machine again: a machine that cannot start should not keep its worker busy.
 pub(crate) const BOOT: Backoff = Backoff { base_ms: 250, max_ms: 30_000 };
 
+/// What a row waits for while its sealed copy is being freed.
+pub(crate) const FREE_COPY: &str = "free-copy";
+
 /// How bad a wait is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -605,6 +605,22 @@ fn reclaim_boots_the_sealed_copy_above_what_was_granted() {
 }
 
 #[test]
+fn a_retained_copy_can_be_reclaimed_until_it_expires() {
+    let mut pair = Pair::moving();
+    pair.finish();
+    let kept = pair.rows[0].clone();
+    pair.sites[1] = Site::default();
+    pair.rows[1] = Row::new(machine(), worker(1));
+    pair.order(0, Order::Reclaim).expect("it is reclaimed");
+    pair.finish();
+    assert_eq!((pair.runner(), pair.rows[0].state.clone()), (0, State::Active { epoch: Epoch(3) }));
+    let expires_ms = kept.copy.as_ref().map_or(0, |copy| copy.expires_ms);
+    assert!(matches!(step(&kept, Event::Order(Order::Reclaim), expires_ms), Err(Denied::Busy { .. })));
+    let freeing = step(&kept, Event::Order(Order::FreeCopy), 5_000).expect("it is freed").row;
+    assert!(matches!(step(&freeing, Event::Order(Order::Reclaim), 5_000), Err(Denied::Busy { .. })));
+}
+
+#[test]
 fn a_destination_that_was_not_destroyed_learns_that_it_was_overruled() {
     let mut pair = Pair::moving();
     pair.settle();
