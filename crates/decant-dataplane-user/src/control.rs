@@ -210,7 +210,7 @@ pub enum VolumeRequest {
         /// Bytes per second.
         rate: Option<Bytes>,
     },
-    /// Sets the policy; with EIO, parked reads fail. `Done`.
+    /// Sets the policy; with EIO, reads that wait for an origin that is away fail. `Done`.
     Policy {
         /// The policy.
         policy: MissingPolicy,

@@ -4,9 +4,9 @@
 //! true of the files beside it. Every command can be performed again after a crash at any point between: it looks at what
 //! is there (metadata, a living keeper) and does what is left.
 //!
-//! Two changes lie between a machine's stop and its start and are written behind the outcome: `sealed`, whose truth is the
-//! agent's journal (a volume found whole is sealed again), and `clone`, whose truth is the map, durable before `Begin` is
-//! answered (a prepared volume with a map is a clone).
+//! Changes that lie between a machine's stop and its start are written behind the outcome: `sealed`, whose truth is the
+//! agent's journal (a volume found whole is sealed again), `clone`, whose truth is the map, durable before `Begin` is
+//! answered (a prepared volume with a map is a clone), and limit and policy, which can be given again.
 //!
 //! | `volume.json` | files | keeper |
 //! |---|---|---|
@@ -233,12 +233,13 @@ impl UserPlane {
     }
 
     fn limit(&self, volume: &VolumeId, rate: Option<Bytes>) -> Result<Outcome, Failure> {
-        self.update(volume, |metadata| metadata.limit = rate)?;
+        self.update_soon(volume, |metadata| metadata.limit = rate)?;
         self.tell(volume, VolumeRequest::Limit { rate })
     }
 
     fn policy(&self, volume: &VolumeId, policy: MissingPolicy) -> Result<Outcome, Failure> {
-        self.update(volume, |metadata| metadata.policy = policy)?;
+        // Set and set back around each stop of a machine: not a matter of waiting for the disk.
+        self.update_soon(volume, |metadata| metadata.policy = policy)?;
         self.tell(volume, VolumeRequest::Policy { policy })
     }
 

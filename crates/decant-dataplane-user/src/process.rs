@@ -17,6 +17,10 @@ pub fn harden() {
     if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
         tracing::warn!(%error, "PR_SET_IO_FLUSHER is refused: under memory pressure this volume may wait for itself");
     }
+    // The memory of a machine must not cost it its disk. Needs CAP_SYS_RESOURCE.
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-1000") {
+        tracing::debug!(%error, "the kernel may choose this process when memory runs out");
+    }
     ignore_signals();
 }
 

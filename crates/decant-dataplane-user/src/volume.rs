@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use decant_base::ExtentSet;
 use decant_clone::Shape;
-use decant_dataplane::{Failure, FailureCode, MissingPolicy};
+use decant_dataplane::{Failure, FailureCode};
 use decant_luks2::SectorCipher;
 
 use crate::control::{
@@ -180,11 +180,6 @@ impl Volume {
             }
             VolumeRequest::Policy { policy } => {
                 self.engine.set_policy(policy);
-                if policy == MissingPolicy::Eio {
-                    // Those that wait now are as unanswerable as those to come.
-                    let freed = self.engine.fail_parked_reads();
-                    tracing::info!(freed, "parked reads failed by policy");
-                }
                 Ok(VolumeReply::Done)
             }
             VolumeRequest::Quiesce => {

@@ -85,8 +85,9 @@ impl UserPlane {
         }
         let mut work = Self::work(&metadata, true);
         if let Some(current) = kept.and_then(|kept| kept.work) {
-            // It serves an export of a stopped machine, which starts again: the export stays open.
-            work.export = current.export;
+            // It serves an export of a stopped machine, which starts again: the export stays open, unless it was sealed and that
+            // was never recorded.
+            work.export = current.export.filter(|export| !export.sealed);
             self.stop(volume)?;
         }
         let device = self.start(volume, work)?;
