@@ -209,11 +209,14 @@ impl ProcessDriver {
     ///
     /// # Errors
     /// [`MachineError::TimedOut`] after `patience`, with what it hangs on; the stop goes on, and can be waited for again.
+    /// [`MachineError::Unclean`] if writing back failed, said until the machine is prepared again: as after a power cut, what
+    /// the program had synced is there.
     pub fn stop(&self, machine: &MachineId, patience: Duration) -> Result<Change, MachineError> {
         steps::stop(self, machine, false, patience)
     }
 
-    /// SIGKILL to all of the machine at once, then as [`ProcessDriver::stop`]. Works without a shim.
+    /// SIGKILL to all of the machine at once, then as [`ProcessDriver::stop`]. Works without a shim, and a write-back that
+    /// fails is no error.
     pub fn kill(&self, machine: &MachineId, patience: Duration) -> Result<Change, MachineError> {
         steps::stop(self, machine, true, patience)
     }

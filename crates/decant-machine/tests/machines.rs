@@ -354,3 +354,28 @@ fn a_trim_reaches_the_device_while_the_machine_runs() {
     fixture.driver.sync(&spec.id).expect("synced");
     fixture.driver.stop(&spec.id, PATIENCE).expect("stopped");
 }
+
+#[test]
+fn a_write_back_that_fails_is_told_by_a_stop_and_taken_by_a_kill() {
+    let Some(fixture) = Fixture::new("unclean") else { return };
+    // The volume's file is on a file system that is too small for it: late writes fail.
+    let small = fixture.path("small");
+    std::fs::create_dir(&small).expect("a directory");
+    run(&["mount", "-t", "tmpfs", "-o", "size=24m", "none", &small]);
+    let volume = Volume::at(&format!("{small}/volume.img"), 64);
+    shell(&format!("mkfs.ext4 -q {}", volume.device.display()));
+    // Nothing is synced: the program was told of no write that it is on the medium.
+    let script = "dd if=/dev/urandom of=/data/big bs=1M count=40 2>/dev/null; echo ready; exec sleep 1000";
+    let spec = fixture::with(spec("orders", &["/bin/sh", "-c", script]), |spec| spec["volume"] = "orders".into());
+    fixture.start(&spec, Some(&volume.device));
+    fixture.wait_for_log(&spec, "ready\n");
+    for _ in 0..2 {
+        let error = fixture.driver.stop(&spec.id, PATIENCE).expect_err("not all was written");
+        assert!(matches!(error, MachineError::Unclean { .. }), "{error}");
+    }
+    let status = fixture.wait_for(&spec, |status| status.state == State::Stopped);
+    assert!(status.unclean);
+    assert_eq!(fixture.driver.kill(&spec.id, PATIENCE).expect("as after a power cut"), Change::Unchanged);
+    drop(volume);
+    run(&["umount", "-l", &small]);
+}

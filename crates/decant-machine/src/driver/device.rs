@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 
 /// A device is still in use.
 #[derive(Debug, thiserror::Error)]
@@ -28,13 +29,14 @@ pub fn probe_exclusive(device: &Path, patience: Duration) -> Result<(), DeviceBu
     let mut pause = Duration::from_millis(1);
     loop {
         match rustix::fs::open(device, OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC, Mode::empty()) {
-            Ok(_) | Err(rustix::io::Errno::NOENT | rustix::io::Errno::NXIO | rustix::io::Errno::NODEV) => return Ok(()),
-            Err(rustix::io::Errno::BUSY) if began.elapsed() < patience => {
+            // Gone, or dead: the claim is taken before anything is read.
+            Ok(_) | Err(Errno::NOENT | Errno::NXIO | Errno::NODEV | Errno::NOMEDIUM | Errno::IO) => return Ok(()),
+            Err(Errno::BUSY) if began.elapsed() < patience => {
                 // The kernel drops a dead namespace's mounts a little after its last process and tells nobody.
                 std::thread::sleep(pause);
                 pause = (pause * 2).min(Duration::from_millis(20));
             }
-            Err(rustix::io::Errno::BUSY) => {
+            Err(Errno::BUSY) => {
                 let who = holders(device).unwrap_or_else(|error| format!("by whom is not known: {error}"));
                 return Err(DeviceBusy { device: device.to_owned(), who });
             }

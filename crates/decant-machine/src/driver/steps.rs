@@ -203,7 +203,11 @@ pub(super) fn start(driver: &ProcessDriver, machine: &MachineId, device: Option<
         })
         .transpose()?;
     match ask(&run, &Request::Go { device }, None) {
-        Ok(Answer::Done { status, .. }) => Ok(status),
+        Ok(Answer::Done { status, .. }) => {
+            let (mount_us, start_us) = (status.timings.mount_us, status.timings.start_us);
+            tracing::info!(%machine, mount_us, start_us, "started");
+            Ok(status)
+        }
         Ok(Answer::Refused { reason, .. }) => Err(MachineError::Refused { machine: machine.clone(), reason }),
         Err(NoAnswer::Io(cause)) => Err(cause).context(machine, || "tell its shim to go".to_owned()),
         Err(NoAnswer::Gone | NoAnswer::Late) => Err(MachineError::NotPrepared { machine: machine.clone() }),
@@ -254,8 +258,14 @@ pub(super) fn stop(driver: &ProcessDriver, machine: &MachineId, hard: bool, pati
         probe_exclusive(&device, LET_GO.min(left))
             .map_err(|cause| MachineError::DeviceBusy { machine: machine.clone(), cause })?;
     }
-    match status_file(&run) {
-        Some(status) if status.unclean => {
+    let status = status_file(&run);
+    if let (Change::Made, Some(Status { timings, .. })) = (change, &status) {
+        let (end_us, unmount_us) = (timings.end_us, timings.unmount_us);
+        tracing::info!(%machine, took_us = began.elapsed().as_micros() as u64, end_us, unmount_us, "stopped");
+    }
+    match status {
+        // A kill promises no more than a power cut: the journal is replayed at the next mount.
+        Some(status) if status.unclean && !hard => {
             let reason = status.reason.unwrap_or_default();
             Err(MachineError::Unclean { machine: machine.clone(), reason })
         }
