@@ -460,6 +460,11 @@ impl<W> CloneCore<W> {
         self.exhausted = false;
     }
 
+    /// The guest waits for something that the hydration slows down, a flush say: for a moment it takes less.
+    pub fn note_foreground(&mut self, now: Duration) {
+        self.pace.foreground(now);
+    }
+
     /// Limits the hydration, bytes per second.
     pub fn set_limit(&mut self, now: Duration, limit: Option<u64>) {
         self.pace.set_limit(now, limit);

@@ -14,7 +14,7 @@ pub const MAX_RUN: u64 = 1 << 20;
 pub const MAX_WINDOW: u64 = 64 << 20;
 /// A run should not keep a link busy for longer than this, as a guest's read may queue behind it.
 const RUN_TIME: Duration = Duration::from_millis(4);
-/// After a guest's read of a missing block, the hydration holds back this long.
+/// After a guest's read of a missing block, or a flush, the hydration holds back this long.
 const YIELD_TIME: Duration = Duration::from_millis(50);
 const RATE_SPAN: Duration = Duration::from_secs(1);
 const TRIP_SPAN: Duration = Duration::from_secs(10);
@@ -117,7 +117,7 @@ impl Pace {
         Some(now + Duration::from_nanos(nanos.min(u128::from(u64::MAX)) as u64 + 1))
     }
 
-    /// A guest's read needs the link.
+    /// A guest's read needs the link, or its flush the medium.
     pub fn foreground(&mut self, now: Duration) {
         self.foreground = Some(now);
     }

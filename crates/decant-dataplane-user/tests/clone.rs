@@ -40,7 +40,9 @@ fn directory() -> tempfile::TempDir {
 }
 
 fn pattern(offset: u64, length: usize, version: u64) -> Vec<u8> {
-    (0..length as u64 / 8).flat_map(|n| (((offset / 8 + n + 1) * 0x9E37_79B9) ^ (version << 40)).to_le_bytes()).collect()
+    (0..length as u64 / 8)
+        .flat_map(|n| (((offset / 8 + n + 1) * 0x9E37_79B9) ^ (version << 40)).to_le_bytes())
+        .collect()
 }
 
 /// 12 MiB live in three runs.

@@ -25,8 +25,8 @@ struct Backlog {
     hold_at: u64,
 }
 
-/// A guest's flush must write out what the hydration stored, so while there are flushes it finds little: at 500 MB/s about 12 ms.
-const WITH_FLUSHES: Backlog = Backlog { commit_at: 2 << 20, hold_at: 6 << 20 };
+/// A guest's flush must write out what the hydration stored, so while there are flushes it finds little: at 500 MB/s about 6 ms.
+const WITH_FLUSHES: Backlog = Backlog { commit_at: 1 << 20, hold_at: 3 << 20 };
 /// Without them, enough that neither medium nor network waits for the other. (Small in tests, so that it is reached there.)
 const WITHOUT_FLUSHES: Backlog = if cfg!(test) {
     Backlog { commit_at: 256 << 10, hold_at: 512 << 10 }
@@ -168,14 +168,18 @@ impl Engine {
     }
 
     fn backlog(&self) -> Backlog {
-        let since =
-            self.now().as_millis() as u64 - self.flushed_ms.load(Ordering::Relaxed).min(self.now().as_millis() as u64);
-        if u128::from(since) < FLUSHES_LATELY.as_millis() && !cfg!(test) { WITH_FLUSHES } else { WITHOUT_FLUSHES }
+        let lately = self.now().saturating_sub(Duration::from_millis(self.flushed_ms.load(Ordering::Relaxed)));
+        if lately < FLUSHES_LATELY && !cfg!(test) { WITH_FLUSHES } else { WITHOUT_FLUSHES }
     }
 
     /// A guest flushes, or is about to.
     pub(super) fn note_flush(&self) {
         self.flushed_ms.store(self.now().as_millis() as u64, Ordering::Relaxed);
+        if !self.is_plain()
+            && let Life::Clone(core) = &mut *lock(&self.life)
+        {
+            core.note_foreground(self.now());
+        }
     }
 
     /// So much was stored before a sync that just ended: the hydration may have been held back, with nothing left in flight
