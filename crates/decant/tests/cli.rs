@@ -129,7 +129,7 @@ fn a_watched_drain_shows_each_change_and_ends_with_0() {
         &output,
         0,
         expect![[r"
-            drain drain-1: 1 machine, 0 B allocated
+            drain drain-1 has started: 1 machine, 0 B allocated
             moving, 0 B of 200 MiB (0 %), 100 MiB/s, done in 900 ms to 2.0 s, 200 MiB still only on worker-1
             orders  hydrating, 0 B of 200 MiB (0 %), 100 MiB/s
             EVACUATED: runs nothing, still serves blocks; do not power off, 50 MiB of 200 MiB (25 %), 100 MiB/s, done in 900 ms to 2.0 s, 150 MiB still only on worker-1

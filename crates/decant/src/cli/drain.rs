@@ -117,17 +117,20 @@ fn start(agent: &mut super::Agent, args: StartArgs, global: &Global) -> Result<E
         return Ok(if drain.blockers.is_empty() { Exit::Done } else { Exit::Blocked });
     }
     if global.output == Output::Table {
-        print(&format!("drain {}: {}", drain.drain, plan_line(&drain)));
+        print(&started(&drain));
     }
     watch::drain(agent, drain, global, detach)
 }
 
-fn plan_line(drain: &Drain) -> String {
+/// The first line of a drain; its plan may come a moment later.
+fn started(drain: &Drain) -> String {
     let count = drain.machines.len();
-    let total: u64 =
-        drain.machines.iter().filter_map(|machine| machine.planned.as_ref()).map(|plan| plan.bytes.0).sum();
+    if count == 0 {
+        return format!("drain {} has started", drain.drain);
+    }
+    let total: u64 = drain.machines.iter().filter_map(|machine| machine.planned.as_ref()).map(|plan| plan.bytes.0).sum();
     let machines = if count == 1 { "machine" } else { "machines" };
-    format!("{count} {machines}, {} allocated", bytes(total))
+    format!("drain {} has started: {count} {machines}, {} allocated", drain.drain, bytes(total))
 }
 
 fn row(drain: &Drain) -> [String; 6] {

@@ -47,7 +47,7 @@ pub(crate) fn migration_line(migration: &Migration) -> String {
         }
     }
     if let Some(why) = &migration.why {
-        line.push_str(&format!(", waits: {}", why.reason));
+        line.push_str(&format!(", {}", why.reason));
     }
     line
 }
@@ -95,7 +95,7 @@ pub(crate) fn drain_machine_lines(drain: &Drain) -> Vec<String> {
             ));
         }
         if let Some(why) = &machine.why {
-            line.push_str(&format!(", waits: {}", why.reason));
+            line.push_str(&format!(", {}", why.reason));
         }
         line
     };

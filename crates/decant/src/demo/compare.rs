@@ -22,7 +22,8 @@ use crate::cli::Exit;
 
 /// Writes before and after each move.
 const SAMPLES: u64 = 300;
-const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);
+/// How long the client takes for them at most, unless it has hardly any.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(4);
 /// Keeps a volume mounted while nothing else uses it.
 const HOLDER: &str = "holder";
 /// The volume that the running machine is copied to.
