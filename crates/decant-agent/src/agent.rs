@@ -309,10 +309,10 @@ impl Agent {
     pub(crate) async fn volumes(&self) -> Result<Vec<VolumeId>, String> {
         let plane = self.world.plane.clone();
         let asked = tokio::task::spawn_blocking(move || plane.volumes());
-        match tokio::time::timeout(Duration::from_millis(600), asked).await {
+        match tokio::time::timeout(Duration::from_millis(300), asked).await {
             Ok(Ok(answer)) => answer.map_err(|failure| failure.message),
             Ok(Err(_)) => Err("the data plane failed; see the agent's log".to_owned()),
-            Err(_) => Err("the data plane did not answer within 600 ms".to_owned()),
+            Err(_) => Err("the data plane did not answer within 300 ms".to_owned()),
         }
     }
 

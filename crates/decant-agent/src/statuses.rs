@@ -10,7 +10,7 @@ use decant_dataplane::{Command, Outcome, Plane, VolumeStatus};
 use tokio::sync::watch;
 
 /// How long a reader waits.
-const PATIENCE: Duration = Duration::from_millis(600);
+const PATIENCE: Duration = Duration::from_millis(500);
 /// An answer this young is given again.
 const FRESH: Duration = Duration::from_millis(50);
 /// Rates of so many seconds make the range of an ETA.
@@ -48,7 +48,7 @@ impl Statuses {
         slots.entry(volume.clone()).or_insert_with(new).clone()
     }
 
-    /// How `volume` stands; within 0.6 s in any case.
+    /// How `volume` stands; within 0.5 s in any case.
     pub(crate) async fn of(&self, volume: &VolumeId) -> Answer {
         let slot = self.slot(volume);
         let mut answers = slot.answers.subscribe();

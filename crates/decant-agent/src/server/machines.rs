@@ -13,7 +13,7 @@ use crate::agent::Agent;
 use crate::core::{is_or_will_be_here, read_spec};
 use crate::server::extract::{Args, Body, Id, ScopeArgs};
 use crate::server::fail::Fail;
-use crate::server::{Caller, Shared, add_all, from_peers, is_local, peer_error};
+use crate::server::{Caller, Shared, is_local, list_all, peer_error};
 use crate::view;
 use decant_api::path::KnownRoute as Known;
 
@@ -28,16 +28,18 @@ pub(super) async fn list(
     Args(args): Args<ScopeArgs>,
 ) -> Json<Listing<Machine>> {
     let rows = agent.rows.machines();
-    let shown = rows.iter().filter(|row| view::is_shown(row)).map(|row| agent.machine(row));
-    let mut items: Vec<Machine> = futures_util::future::join_all(shown).await.into_iter().flatten().collect();
-    let mut unreachable = Vec::new();
-    if !is_local(&caller, args.scope) {
-        add_all(&mut items, &mut unreachable, from_peers(&agent, "/v1/machines?scope=local").await);
+    let own = async {
+        let shown = rows.iter().filter(|row| view::is_shown(row)).map(|row| agent.machine(row));
+        futures_util::future::join_all(shown).await.into_iter().flatten().collect()
+    };
+    let local = is_local(&caller, args.scope);
+    let mut listing: Listing<Machine> = list_all(&agent, local, "/v1/machines?scope=local", own).await;
+    if !local {
         // Of a machine that moved, the owner's view is the one to show; a copy that another still needs is shown beside it.
-        items.retain(|machine| machine.state != decant_api::MachineState::Released);
+        listing.items.retain(|machine| machine.state != decant_api::MachineState::Released);
     }
-    items.sort_by(|a, b| (&a.machine, b.epoch, &a.worker).cmp(&(&b.machine, a.epoch, &b.worker)));
-    Json(Listing { items, unreachable })
+    listing.items.sort_by(|a, b| (&a.machine, b.epoch, &a.worker).cmp(&(&b.machine, a.epoch, &b.worker)));
+    Json(listing)
 }
 
 /// The row of a machine that this worker knows.

@@ -10,6 +10,7 @@ mod peer;
 mod volumes;
 mod workers;
 
+use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -167,7 +168,7 @@ pub(crate) async fn serve_tls(agent: Arc<Agent>, listener: TcpListener) {
                             serve(stream, router(agent, caller)).await;
                         }
                         Ok(Err(error)) => {
-                            tracing::info!(%from, %error, "refused: no certificate of this fleet's authority")
+                            tracing::info!(%from, %error, "refused: the TLS handshake failed")
                         }
                         Err(_) => tracing::info!(%from, "refused: the TLS handshake took too long"),
                     }
@@ -218,6 +219,21 @@ async fn from_peers<T: serde::de::DeserializeOwned>(agent: &Agent, path: &str) -
         (peer.config.worker.clone(), client.get::<T>(path).await.ok())
     });
     futures_util::future::join_all(asked).await
+}
+
+/// A list of this worker's own, made by `own`, and the peers' parts of it unless only ours is wanted. Both are asked at once, so
+/// that the answer takes as long as the slowest of them, at most a second.
+async fn list_all<T: serde::de::DeserializeOwned>(
+    agent: &Agent,
+    local: bool,
+    path: &str,
+    own: impl Future<Output = Vec<T>>,
+) -> decant_api::Listing<T> {
+    let theirs = async { if local { Vec::new() } else { from_peers(agent, path).await } };
+    let (mut items, answers) = tokio::join!(own, theirs);
+    let mut unreachable = Vec::new();
+    add_all(&mut items, &mut unreachable, answers);
+    decant_api::Listing { items, unreachable }
 }
 
 /// Whether the caller wants this worker's own alone: peers always get that.

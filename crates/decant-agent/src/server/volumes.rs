@@ -14,7 +14,7 @@ use decant_drain::{Desired, Event, Order, Row};
 use crate::agent::Agent;
 use crate::server::extract::{Args, Body, Id, ScopeArgs};
 use crate::server::fail::Fail;
-use crate::server::{Caller, Shared, add_all, from_peers, is_local};
+use crate::server::{Caller, Shared, is_local, list_all};
 
 /// The smallest volume worth a file system.
 const MIN_SIZE: Bytes = Bytes::mib(16);
@@ -27,13 +27,11 @@ pub(super) async fn list(
     Args(args): Args<ScopeArgs>,
 ) -> Result<Json<Listing<Volume>>, Fail> {
     let ids = agent.volumes().await.map_err(|cause| unavailable(&cause))?;
-    let mut items = futures_util::future::join_all(ids.into_iter().map(|volume| view(&agent, volume))).await;
-    let mut unreachable = Vec::new();
-    if !is_local(&caller, args.scope) {
-        add_all(&mut items, &mut unreachable, from_peers(&agent, "/v1/volumes?scope=local").await);
-    }
-    items.sort_by(|a, b| (&a.volume, &a.worker).cmp(&(&b.volume, &b.worker)));
-    Ok(Json(Listing { items, unreachable }))
+    let own = futures_util::future::join_all(ids.into_iter().map(|volume| view(&agent, volume)));
+    let local = is_local(&caller, args.scope);
+    let mut listing = list_all(&agent, local, "/v1/volumes?scope=local", own).await;
+    listing.items.sort_by(|a, b| (&a.volume, &a.worker).cmp(&(&b.volume, &b.worker)));
+    Ok(Json(listing))
 }
 
 fn unavailable(cause: &str) -> Fail {
