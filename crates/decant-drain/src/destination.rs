@@ -239,13 +239,13 @@ fn granted(draft: &mut Draft, from: &WorkerId, message: &Message, desired: Desir
     }
 }
 
-/// The clone may be used: the machine starts. One that is to stay down needs no start.
+/// The clone may be used: the machine starts. One that is to stay down is told to stop: an agent that died may have
+/// started it before that was ordered.
 fn begun(draft: &mut Draft) {
-    if draft.row.desired == Desired::Running {
-        life::reconsider(draft);
-    } else {
-        not_booted(draft);
+    if draft.row.desired != Desired::Running {
+        draft.row.life = Life::Stopping;
     }
+    life::reconsider(draft);
 }
 
 /// Durably refuses: this epoch is never taken here, whatever arrives later.

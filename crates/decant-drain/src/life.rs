@@ -34,8 +34,7 @@ pub fn may_run(row: &Row) -> Option<Epoch> {
         State::Moving { .. } if phase(Role::Source).is_none_or(|m| m.phase != Phase::Planned) => None,
         // The sealed volume is not ours again before its export is closed.
         State::Active { .. }
-            if phase(Role::Source).is_some_and(|m| m.phase == Phase::Unwinding && !m.local_done)
-                && row.life == Life::Down =>
+            if phase(Role::Source).is_some_and(|m| m.phase == Phase::Unwinding && m.begun && !m.local_done) =>
         {
             None
         }
@@ -80,17 +79,18 @@ pub(crate) fn effects(row: &Row) -> Vec<Effect> {
     }
 }
 
-/// The agent started: what runs is to be learned again.
-pub(crate) fn restarted(draft: &mut Draft) {
+/// The machine is in this worker's hands again, and next to nothing is known of it: whatever runs is told to stop if it
+/// is to be down, and taken over by its start if it is to be up.
+pub(crate) fn resume(draft: &mut Draft) {
     draft.row.device = None;
     draft.row.life = match draft.row.desired {
-        // Survivors are told to stop, whether there are any or not.
         Desired::Stopped | Desired::Removed if may_run(&draft.row).is_some() => Life::Stopping,
         _ => Life::Down,
     };
     if draft.row.veto.is_none() {
         draft.row.wait = None;
     }
+    rest(draft);
 }
 
 /// The row changed in what is desired: does what follows from it.
@@ -190,6 +190,9 @@ pub(crate) fn machine(draft: &mut Draft, command: &MachineCommand, result: Resul
                     draft.row.life = Life::Detaching;
                 }
                 rest(draft);
+                if draft.row.desired != Desired::Running {
+                    destination::not_booted(draft);
+                }
             }
             Err(failure) => failed(draft, "machine-stop", &failure),
         },

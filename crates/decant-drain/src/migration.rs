@@ -167,7 +167,7 @@ pub struct Migration {
     pub back: Option<Back>,
     /// Source: the destination answered `accepted`; a cancel comes too late.
     pub accepted: bool,
-    /// Destination: the clone was begun, or there is no volume.
+    /// Source: the machine was told to stop. Destination: the clone was begun, or there is no volume.
     pub begun: bool,
     /// Unwinding: the other end is rid of the migration.
     pub peer_done: bool,

@@ -66,6 +66,10 @@ fn desire(draft: &mut Draft, desired: Desired) -> Result<(), Denied> {
         now if now == desired => return Ok(()),
         _ => draft.row.desired = desired,
     }
+    if desired == Desired::Stopped && draft.row.life == Life::Down && life::may_run(&draft.row).is_some() {
+        // Not known to be up is not known to be down.
+        draft.row.life = Life::Stopping;
+    }
     life::reconsider(draft);
     Ok(())
 }
@@ -203,10 +207,9 @@ fn clear_veto(draft: &mut Draft) -> Result<(), Denied> {
         let above = seen.max(draft.row.top.epoch).next();
         *epoch = above;
         draft.row.top = Top { epoch: above, answer: None };
-        if draft.row.life == Life::Starting {
-            draft.row.life = Life::Down;
-        }
     }
-    life::reconsider(draft);
+    if draft.row.life != Life::Up {
+        life::resume(draft);
+    }
     Ok(())
 }

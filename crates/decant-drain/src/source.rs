@@ -142,22 +142,30 @@ pub(crate) fn unwind(draft: &mut Draft, back: Back) {
 fn take_back(draft: &mut Draft, back: Back, peer_done: bool) {
     let stateless = draft.row.volume.is_none();
     let Some(migration) = &mut draft.row.migration else { return };
-    let was_planned = migration.phase == Phase::Planned;
+    let was_begun = migration.begun;
     migration.back = Some(back);
     migration.peer_done = peer_done;
     migration.local_done = stateless;
     draft.enter(Phase::Unwinding);
     draft.expect_answer(RESEND);
     // A start at the old epoch may be under way: at the new one it starts anew.
-    if !was_planned || draft.row.life == Life::Starting {
+    if was_begun || draft.row.life == Life::Starting {
         draft.row.life = Life::Down;
         draft.row.device = None;
     }
     draft.drive_migration();
-    if stateless {
-        life::reconsider(draft);
-    }
+    in_hand(draft);
     end_if_done(draft);
+}
+
+/// The machine goes on as desired, as soon as its volume is not exported any more.
+fn in_hand(draft: &mut Draft) {
+    let Some(migration) = draft.migration_as(Role::Source) else { return };
+    match (migration.begun, migration.local_done) {
+        (true, true) => life::resume(draft),
+        (true, false) => {}
+        (false, _) => life::rest(draft),
+    }
 }
 
 fn end_if_done(draft: &mut Draft) {
@@ -233,7 +241,7 @@ pub(crate) fn plane(draft: &mut Draft, command: &Command, result: Result<Outcome
             if let Some(migration) = &mut draft.row.migration {
                 migration.local_done = true;
             }
-            life::reconsider(draft);
+            in_hand(draft);
             end_if_done(draft);
         }
         (Command::CloseExport { .. }, Phase::Verified, Some(_)) => draft.enter(Phase::Cleaned),
@@ -351,6 +359,7 @@ pub(crate) fn received(draft: &mut Draft, from: &WorkerId, message: &Message) ->
     let is_sealed = (Phase::Sealed..=Phase::Hydrating).contains(&phase);
     match &message.body {
         Body::PrepareOk if phase == Phase::Planned => {
+            migration.begun = true;
             draft.enter(Phase::Prepared);
             draft.drive_migration();
         }

@@ -55,13 +55,12 @@ pub fn decline(message: &Message, reason: &str) -> Option<Message> {
 }
 
 fn restarted(draft: &mut Draft) {
-    life::restarted(draft);
     if let Some(phase) = draft.row.migration.as_ref().map(|migration| migration.phase) {
         draft.enter(phase);
         source::restarted(draft);
         destination::restarted(draft);
     }
-    life::rest(draft);
+    life::resume(draft);
     draft.drive_migration();
     expire(draft);
 }

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, RwLock};
 use decant_base::Epoch;
 use decant_drain::handoff::State;
 use decant_drain::migration::{Phase, Role};
-use decant_drain::{Body, Effect, Event, Message, Order, Row, Sync, pending, step};
+use decant_drain::{Body, Desired, Effect, Event, Message, Order, Row, Sync, pending, step};
 use stateright::{Checker, HasDiscoveries, Model, Property};
 use world::{Kind, Site, index_of, machine, move_to, volume, worker};
 
@@ -43,6 +43,8 @@ struct Scope {
     reclaims: u8,
     failures: u8,
     writes: u8,
+    /// Times the operator stops or starts the machine.
+    toggles: u8,
     stateless: bool,
     /// Whether progress is told.
     news: bool,
@@ -130,6 +132,7 @@ struct World {
     cancels: u8,
     reclaims: u8,
     failures: u8,
+    toggles: u8,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -157,6 +160,8 @@ enum Action {
     Reclaim(usize),
     Write(usize),
     Hydrate(usize),
+    /// The operator wants it up, or down.
+    Toggle(usize, bool),
 }
 
 /// What a step depends on, besides the row.
@@ -170,6 +175,7 @@ enum Cause {
     Move(usize, u8),
     Cancel,
     Reclaim,
+    Toggle(bool),
 }
 
 /// A step by number: the row, whether it is durable, letters sent, effects to perform.
@@ -395,7 +401,11 @@ impl Handoff {
         let idle = alive().all(|w| {
             w.up && w.queue.is_empty() && self.row(w.mem).migration.as_ref().is_none_or(|m| m.phase.is_over())
         });
-        idle && alive().filter(|w| w.site.running && self.row(w.disk).state.owned().is_some()).count() == 1
+        let is_as_desired = |w: &&WorkerState| {
+            let row = self.row(w.disk);
+            row.state.owned().is_some() && w.site.running == (self.row(w.mem).desired == Desired::Running)
+        };
+        idle && alive().filter(is_as_desired).count() == 1 && alive().all(|w| !w.site.running || is_as_desired(&w))
     }
 
     fn fingerprint(&self, world: &World) -> u64 {
@@ -443,6 +453,7 @@ impl Model for Handoff {
             cancels: 0,
             reclaims: 0,
             failures: 0,
+            toggles: 0,
         }]
     }
 
@@ -515,6 +526,13 @@ impl Model for Handoff {
                 }
             }
             Action::Reclaim(who) => self.reclaim(&mut world, who),
+            Action::Toggle(who, up) => {
+                world.toggles += 1;
+                let order = if up { Order::Start } else { Order::Stop };
+                if !self.apply(&mut world, who, Cause::Toggle(up), || Event::Order(order), Crash::No) {
+                    return None;
+                }
+            }
             Action::Write(who) => {
                 world.acknowledged += 1;
                 world.workers[who].site.version += 1;
@@ -598,6 +616,9 @@ impl Handoff {
         let is_source = row.migration.as_ref().is_some_and(|m| m.role == Role::Source && !m.phase.is_over());
         if is_source && world.cancels < self.scope.cancels {
             actions.push(Action::Cancel(who));
+        }
+        if row.state.owned().is_some() && world.toggles < self.scope.toggles {
+            actions.push(Action::Toggle(who, row.desired != Desired::Running));
         }
         if matches!(row.state, State::Sealed { .. }) && world.reclaims < self.scope.reclaims {
             actions.push(Action::Reclaim(who));
@@ -713,8 +734,17 @@ fn catch(bug: Bug, scope: Scope, expected: &str) {
 }
 
 /// Nothing happens but one move; each test widens it.
-const QUIET: Scope =
-    Scope { moves: 1, crashes: 0, cancels: 0, reclaims: 0, failures: 0, writes: 0, stateless: false, news: false };
+const QUIET: Scope = Scope {
+    moves: 1,
+    crashes: 0,
+    cancels: 0,
+    reclaims: 0,
+    failures: 0,
+    writes: 0,
+    toggles: 0,
+    stateless: false,
+    news: false,
+};
 
 #[test]
 fn one_move_with_crash_cancel_and_failure() {
@@ -737,8 +767,14 @@ fn two_moves_with_a_crash() {
 }
 
 #[test]
+fn one_move_while_the_operator_stops_and_starts() {
+    hold("one move, stopped and started, a cancel", Scope { toggles: 2, cancels: 1, ..QUIET });
+    hold("one move, stopped or started, a crash", Scope { toggles: 1, crashes: 1, ..QUIET });
+}
+
+#[test]
 fn a_stateless_move() {
-    let scope = Scope { crashes: 1, cancels: 1, failures: 1, stateless: true, ..QUIET };
+    let scope = Scope { crashes: 1, cancels: 1, failures: 1, toggles: 1, stateless: true, ..QUIET };
     hold("a stateless move, a crash, a cancel, a failure", scope);
 }
 
@@ -751,6 +787,7 @@ fn wider() {
     hold("everything once", Scope { crashes: 1, cancels: 1, failures: 1, reclaims: 1, writes: 2, news: true, ..QUIET });
     hold("two crashes, a cancel", Scope { crashes: 2, cancels: 1, writes: 1, ..QUIET });
     hold("two moves, a cancel", Scope { moves: 2, cancels: 1, ..QUIET });
+    hold("stopped and started, a crash, a cancel", Scope { toggles: 2, crashes: 1, cancels: 1, ..QUIET });
     hold("two stateless moves, two crashes", Scope { moves: 2, crashes: 2, stateless: true, ..QUIET });
 }
 
