@@ -778,17 +778,41 @@ fn a_stateless_move() {
     hold("a stateless move, a crash, a cancel, a failure", scope);
 }
 
-#[test]
-fn wider() {
+/// Explores only with `DECANT_TEST_SCALE=2` or more: minutes each.
+fn hold_wide(name: &str, scope: Scope) {
     if scale() < 2 {
-        println!("two moves with a cancel and the like: only with DECANT_TEST_SCALE=2 or more");
+        println!("{name}: only with DECANT_TEST_SCALE=2 or more");
         return;
     }
-    hold("everything once", Scope { crashes: 1, cancels: 1, failures: 1, reclaims: 1, writes: 2, news: true, ..QUIET });
-    hold("two crashes, a cancel", Scope { crashes: 2, cancels: 1, writes: 1, ..QUIET });
-    hold("two moves, a cancel", Scope { moves: 2, cancels: 1, ..QUIET });
-    hold("stopped and started, a crash, a cancel", Scope { toggles: 2, crashes: 1, cancels: 1, ..QUIET });
-    hold("two stateless moves, two crashes", Scope { moves: 2, crashes: 2, stateless: true, ..QUIET });
+    hold(name, scope);
+}
+
+#[test]
+fn wide_everything_once() {
+    hold_wide(
+        "everything once",
+        Scope { crashes: 1, cancels: 1, failures: 1, reclaims: 1, writes: 2, news: true, ..QUIET },
+    );
+}
+
+#[test]
+fn wide_two_crashes_and_a_cancel() {
+    hold_wide("two crashes, a cancel", Scope { crashes: 2, cancels: 1, writes: 1, ..QUIET });
+}
+
+#[test]
+fn wide_stopped_and_started_with_a_crash_and_a_cancel() {
+    hold_wide("stopped and started, a crash, a cancel", Scope { toggles: 2, crashes: 1, cancels: 1, ..QUIET });
+}
+
+#[test]
+fn wide_two_moves_and_a_cancel() {
+    hold_wide("two moves, a cancel", Scope { moves: 2, cancels: 1, ..QUIET });
+}
+
+#[test]
+fn wide_two_stateless_moves_and_two_crashes() {
+    hold_wide("two stateless moves, two crashes", Scope { moves: 2, crashes: 2, stateless: true, ..QUIET });
 }
 
 #[test]
