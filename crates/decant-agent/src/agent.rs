@@ -196,14 +196,16 @@ impl Running {
         }
         let _ = std::fs::remove_file(self.agent.config.socket());
         // Requests that were under way let the journal go one after another; one that hangs is not waited for.
-        let journal = Arc::downgrade(&self.agent.journal);
+        let journal = self.agent.journal.clone();
         drop(self);
         for _ in 0..400 {
-            if journal.strong_count() == 0 {
-                return;
+            if Arc::strong_count(&journal) == 1 {
+                break;
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+        // Closed by this thread if it is the last to have it, so that it is closed when this returns.
+        drop(journal);
     }
 
     /// The API's socket.

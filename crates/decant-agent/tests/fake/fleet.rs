@@ -17,7 +17,7 @@ use serde_json::json;
 use crate::fake::world::{FakeMachines, FakePlane, World};
 
 /// `text` as an id.
-pub fn id<T: std::str::FromStr>(text: &str) -> T
+pub(crate) fn id<T: std::str::FromStr>(text: &str) -> T
 where
     T::Err: std::fmt::Debug,
 {
@@ -25,7 +25,7 @@ where
 }
 
 /// Asks again until `check` gives something.
-pub async fn retry_until<T, F: Future<Output = Option<T>>>(what: &str, mut check: impl FnMut() -> F) -> T {
+pub(crate) async fn retry_until<T, F: Future<Output = Option<T>>>(what: &str, mut check: impl FnMut() -> F) -> T {
     let patience = Duration::from_secs(25);
     let asking = async {
         let mut ticks = tokio::time::interval(Duration::from_millis(15));
@@ -40,8 +40,8 @@ pub async fn retry_until<T, F: Future<Output = Option<T>>>(what: &str, mut check
 }
 
 /// Three workers.
-pub struct Fleet {
-    pub world: Arc<World>,
+pub(crate) struct Fleet {
+    pub(crate) world: Arc<World>,
     agents: BTreeMap<String, Running>,
     configs: BTreeMap<String, PathBuf>,
     directory: tempfile::TempDir,
@@ -50,12 +50,12 @@ pub struct Fleet {
 
 impl Fleet {
     /// Three agents that run.
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         Self::start_behind(|_, address| address).await
     }
 
     /// Three agents; `front` says at which address the others reach each of them.
-    pub async fn start_behind(front: impl Fn(&str, SocketAddr) -> SocketAddr) -> Self {
+    pub(crate) async fn start_behind(front: impl Fn(&str, SocketAddr) -> SocketAddr) -> Self {
         // Journals are synced all the time; what is tested here is not the disk.
         let shm = Path::new("/dev/shm");
         let base = if shm.is_dir() { shm.to_owned() } else { std::env::temp_dir() };
@@ -99,7 +99,7 @@ impl Fleet {
     }
 
     /// Starts an agent.
-    pub async fn boot(&mut self, name: &str) {
+    pub(crate) async fn boot(&mut self, name: &str) {
         let deps = Deps {
             plane: Arc::new(FakePlane { world: self.world.clone(), worker: name.to_owned() }),
             machines: Arc::new(FakeMachines { world: self.world.clone(), worker: name.to_owned() }),
@@ -110,24 +110,24 @@ impl Fleet {
     }
 
     /// Ends an agent as a crash would: what it does is not waited for, and nobody hears of it.
-    pub async fn crash(&mut self, name: &str) {
+    pub(crate) async fn crash(&mut self, name: &str) {
         if let Some(agent) = self.agents.remove(name) {
             agent.stop().await;
         }
     }
 
     /// The configuration of a worker, to change it.
-    pub fn config(&self, name: &str) -> Config {
+    pub(crate) fn config(&self, name: &str) -> Config {
         Config::load(&self.configs[name]).expect("a good configuration")
     }
 
     /// Root's client of a worker.
-    pub fn client(&self, name: &str) -> Client {
+    pub(crate) fn client(&self, name: &str) -> Client {
         Client::unix(self.directory.path().join(name).join("run/agent.sock"))
     }
 
     /// A client of `to` that shows the certificate of `from`, made by the authority in `ca`.
-    pub fn peer_client(&self, ca: &Path, from: &str, to: &str, expect: &str) -> Client {
+    pub(crate) fn peer_client(&self, ca: &Path, from: &str, to: &str, expect: &str) -> Client {
         let directory = ca.join("clients");
         let made = ca::issue(ca, &directory.join(from), &id(from), &[], self.today).expect("a certificate");
         let files = TlsFiles { ca: self.directory.path().join("ca.pem"), cert: made.cert, key: made.key };
@@ -137,12 +137,12 @@ impl Fleet {
     }
 
     /// Where the authority is.
-    pub fn directory(&self) -> &Path {
+    pub(crate) fn directory(&self) -> &Path {
         self.directory.path()
     }
 
     /// Runs a machine on worker-1, with a volume of its own if wanted, and waits until it runs.
-    pub async fn run(&self, name: &str, stateful: bool) -> MachineId {
+    pub(crate) async fn run(&self, name: &str, stateful: bool) -> MachineId {
         let client = self.client("worker-1");
         let machine: MachineId = id(name);
         let mut spec = json!({ "id": name, "command": ["/bin/true"], "address_index": 0 });
@@ -161,7 +161,7 @@ impl Fleet {
     }
 
     /// Waits until `worker` says that it owns and runs the machine.
-    pub async fn wait_running(&self, worker: &str, machine: &MachineId) -> Machine {
+    pub(crate) async fn wait_running(&self, worker: &str, machine: &MachineId) -> Machine {
         let client = self.client(worker);
         retry_until(&format!("{machine} runs on {worker}"), || async {
             let view = client.get::<Machine>(&path::machine(machine)).await.ok()?;
@@ -171,7 +171,7 @@ impl Fleet {
     }
 
     /// Orders a move from worker-1 to worker-2.
-    pub async fn start_move(&self, machine: &MachineId, migration: &str) -> MigrationId {
+    pub(crate) async fn start_move(&self, machine: &MachineId, migration: &str) -> MigrationId {
         let migration: MigrationId = id(migration);
         let request =
             MoveMachine { to: Some(id("worker-2")), migration: Some(migration.clone()), ..MoveMachine::default() };
@@ -182,7 +182,7 @@ impl Fleet {
     }
 
     /// Waits until the migration is over, and says how it ended.
-    pub async fn wait_over(&self, migration: &MigrationId) -> Migration {
+    pub(crate) async fn wait_over(&self, migration: &MigrationId) -> Migration {
         let client = self.client("worker-1");
         retry_until(&format!("{migration} is over"), || async {
             let view = client.get::<Migration>(&path::migration(migration)).await.ok()?;
@@ -192,12 +192,12 @@ impl Fleet {
     }
 
     /// Cancels a migration; whether that was still possible.
-    pub async fn cancel(&self, migration: &MigrationId) -> bool {
+    pub(crate) async fn cancel(&self, migration: &MigrationId) -> bool {
         self.client("worker-1").post::<Migration>(&path::cancel_migration(migration), &Empty {}).await.is_ok()
     }
 
     /// Exactly one worker runs the machine, no write is lost, and nothing happened on the way that must not.
-    pub fn assert_sound(&self, machine: &MachineId, worker: &str, about: &str) {
+    pub(crate) fn assert_sound(&self, machine: &MachineId, worker: &str, about: &str) {
         assert_eq!(self.world.violations(), Vec::<String>::new(), "{about}");
         assert_eq!(self.world.runners(machine), [worker], "{about}");
     }

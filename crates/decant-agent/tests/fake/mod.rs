@@ -4,15 +4,15 @@
 mod fleet;
 mod world;
 
-pub use fleet::{Fleet, id, retry_until};
-pub use world::Hold;
+pub(crate) use fleet::{Fleet, id, retry_until};
+pub(crate) use world::Hold;
 
 /// A plane of an empty world.
-pub fn plane(worker: &str) -> impl decant_dataplane::Plane {
+pub(crate) fn plane(worker: &str) -> impl decant_dataplane::Plane {
     world::FakePlane { world: std::sync::Arc::default(), worker: worker.to_owned() }
 }
 
 /// A driver of an empty world.
-pub fn machines(worker: &str) -> impl decant_agent::Machines {
+pub(crate) fn machines(worker: &str) -> impl decant_agent::Machines {
     world::FakeMachines { world: std::sync::Arc::default(), worker: worker.to_owned() }
 }

@@ -16,15 +16,15 @@ use decant_machine::{MachineSpec, State, Status};
 
 /// A call that the world does not answer until it is let go.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Hold {
+pub(crate) struct Hold {
     /// On which worker.
-    pub worker: String,
+    pub(crate) worker: String,
     /// Which call, counted from 0 on each worker; `None` takes the first whose name is `name`.
-    pub call: Option<usize>,
+    pub(crate) call: Option<usize>,
     /// Its name; empty matches any.
-    pub name: String,
+    pub(crate) name: String,
     /// Held after its work was done, else before, and then it is not done at all.
-    pub done: bool,
+    pub(crate) done: bool,
 }
 
 #[derive(Default)]
@@ -55,7 +55,7 @@ struct Inner {
 
 /// All workers' planes and drivers.
 #[derive(Default)]
-pub struct World {
+pub(crate) struct World {
     inner: Mutex<Inner>,
     changed: Condvar,
 }
@@ -66,56 +66,49 @@ impl World {
     }
 
     /// Holds the first call that fits.
-    pub fn hold(&self, hold: Hold) {
+    pub(crate) fn hold(&self, hold: Hold) {
         let mut inner = self.lock();
         (inner.hold, inner.held) = (Some(hold), false);
     }
 
-    /// Waits until a call is held; false if none was within `patience`.
-    pub fn wait_held(&self, patience: Duration) -> bool {
-        let inner = self.lock();
-        let (inner, _) = self.changed.wait_timeout_while(inner, patience, |inner| !inner.held).expect("not poisoned");
-        inner.held
-    }
-
     /// Whether a call is held.
-    pub fn is_held(&self) -> bool {
+    pub(crate) fn is_held(&self) -> bool {
         self.lock().held
     }
 
     /// Lets a held call go.
-    pub fn release(&self) {
+    pub(crate) fn release(&self) {
         let mut inner = self.lock();
         (inner.hold, inner.held) = (None, false);
         self.changed.notify_all();
     }
 
     /// The calls of `worker` so far.
-    pub fn calls(&self, worker: &str) -> Vec<String> {
+    pub(crate) fn calls(&self, worker: &str) -> Vec<String> {
         self.lock().sites.get(worker).map(|site| site.calls.clone()).unwrap_or_default()
     }
 
     /// Where the machine runs.
-    pub fn runners(&self, machine: &MachineId) -> Vec<String> {
+    pub(crate) fn runners(&self, machine: &MachineId) -> Vec<String> {
         let inner = self.lock();
         let runs = |site: &Site| site.machines.get(machine).is_some_and(|(_, running, _)| *running);
         inner.sites.iter().filter(|(_, site)| runs(site)).map(|(worker, _)| worker.clone()).collect()
     }
 
     /// A machine that was left behind by an agent that died: it runs, and no row owns it.
-    pub fn leave_behind(&self, worker: &str, machine: &MachineId) {
+    pub(crate) fn leave_behind(&self, worker: &str, machine: &MachineId) {
         let mut inner = self.lock();
         let site = inner.sites.entry(worker.to_owned()).or_default();
         site.machines.insert(machine.clone(), (Epoch(99), true, None));
     }
 
     /// The machine ends without having been told to.
-    pub fn lose(&self, worker: &str, machine: &MachineId) {
+    pub(crate) fn lose(&self, worker: &str, machine: &MachineId) {
         self.lock().sites.entry(worker.to_owned()).or_default().machines.remove(machine);
     }
 
     /// What must never happen, and did.
-    pub fn violations(&self) -> Vec<String> {
+    pub(crate) fn violations(&self) -> Vec<String> {
         self.lock().violations.clone()
     }
 
@@ -163,9 +156,9 @@ fn device(worker: &str, volume: &VolumeId) -> PathBuf {
 }
 
 /// One worker's plane.
-pub struct FakePlane {
-    pub world: Arc<World>,
-    pub worker: String,
+pub(crate) struct FakePlane {
+    pub(crate) world: Arc<World>,
+    pub(crate) worker: String,
 }
 
 impl Plane for FakePlane {
@@ -313,9 +306,9 @@ fn perform(inner: &mut Inner, worker: &str, command: &Command) -> Result<Outcome
 }
 
 /// One worker's driver.
-pub struct FakeMachines {
-    pub world: Arc<World>,
-    pub worker: String,
+pub(crate) struct FakeMachines {
+    pub(crate) world: Arc<World>,
+    pub(crate) worker: String,
 }
 
 impl FakeMachines {
@@ -368,7 +361,7 @@ impl Machines for FakeMachines {
             last_exit: None,
             since_ms: 0,
             pid: None,
-            unclean: None,
+            unclean: false,
             timings: decant_machine::Timings::default(),
         }))
     }
