@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use decant_network::Lab;
-use rustix::process::{Pid, Signal, WaitIdOptions, WaitIdStatus};
+use rustix::process::{Pid, Signal, WaitIdOptions};
 use serde_json::Value;
 
 use super::{PATIENCE, decant, run};
@@ -122,21 +122,41 @@ address = "[{peer_address}]:7070"
         }
     }
 
+    /// Waits until the agent answers (false) or stands still at its crash point (true).
+    pub fn answers_or_stands_still(&mut self) -> bool {
+        let end = Instant::now() + PATIENCE;
+        while Instant::now() < end {
+            if self.stands_still() {
+                return true;
+            }
+            if self.api_within("/v1/machines?scope=local", Duration::from_millis(100)).is_ok() {
+                return false;
+            }
+            wait_a_moment();
+        }
+        panic!("the agent of worker-{} neither answers nor stands still\n{}", self.index, self.tail_of_logs());
+    }
+
     /// Waits until the agent stands still at its crash point.
     pub fn await_standstill(&mut self) -> bool {
-        let agent = pid_of(self.agent.as_ref().expect("an agent"));
         let end = Instant::now() + PATIENCE;
-        let options = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
         while Instant::now() < end {
-            let status: Option<WaitIdStatus> =
-                rustix::process::waitid(rustix::process::WaitId::Pid(agent), options).expect("wait");
-            match status {
-                Some(status) if status.stopped() => return true,
-                Some(status) => panic!("the agent of worker-{} ended: {status:?}\n{}", self.index, self.tail_of_logs()),
-                None => wait_a_moment(),
+            if self.stands_still() {
+                return true;
             }
+            wait_a_moment();
         }
         false
+    }
+
+    fn stands_still(&self) -> bool {
+        let agent = pid_of(self.agent.as_ref().expect("an agent"));
+        let options = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        match rustix::process::waitid(rustix::process::WaitId::Pid(agent), options).expect("wait") {
+            Some(status) if status.stopped() => true,
+            Some(status) => panic!("the agent of worker-{} ended: {status:?}\n{}", self.index, self.tail_of_logs()),
+            None => false,
+        }
     }
 
     /// Lets an agent that stands still go on.
@@ -146,23 +166,7 @@ address = "[{peer_address}]:7070"
 
     /// Kills every volume process of this worker; how many there were.
     pub fn kill_volume_processes(&self) -> usize {
-        let netns = std::fs::metadata(self.lab.netns(self.index)).expect("a namespace");
-        let mut killed = 0;
-        for entry in std::fs::read_dir("/proc").expect("/proc").flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw)
-            else {
-                continue;
-            };
-            let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
-            let is_volume = command.split(|&byte| byte == 0).nth(1) == Some(b"volume");
-            let here = std::fs::metadata(entry.path().join("ns/net")).is_ok_and(|own| {
-                std::os::unix::fs::MetadataExt::ino(&own) == std::os::unix::fs::MetadataExt::ino(&netns)
-            });
-            if is_volume && here && rustix::process::kill_process(pid, Signal::KILL).is_ok() {
-                killed += 1;
-            }
-        }
-        killed
+        self.kill_those(|command| command.split(|&byte| byte == 0).nth(1) == Some(b"volume"))
     }
 
     /// Cuts the power: what was not synced to the worker's disk is gone, every process of it too, and its run directory.
@@ -185,18 +189,38 @@ address = "[{peer_address}]:7070"
         self.mount();
     }
 
-    /// Ends the worker's cgroup (keepers, shims, machines) and waits until it is empty.
+    /// Kills every process of this worker: all that is in its network namespace or in one of its machines', until none is left.
     fn kill_everything(&self) {
-        let Some(mount) = cgroup2() else { return };
-        let own = mount.join(format!("decant/worker-{}", self.index));
-        if std::fs::write(own.join("cgroup.kill"), "1").is_err() {
-            return;
-        }
         let end = Instant::now() + PATIENCE;
-        while std::fs::read_to_string(own.join("cgroup.events")).is_ok_and(|text| text.contains("populated 1")) {
-            assert!(Instant::now() < end, "{} does not empty", own.display());
+        while self.kill_those(|_| true) > 0 {
+            assert!(Instant::now() < end, "processes of worker-{} do not end", self.index);
             wait_a_moment();
         }
+    }
+
+    /// Kills the processes in the worker's namespaces whose command line `chosen` accepts; how many there were.
+    fn kill_those(&self, chosen: impl Fn(&[u8]) -> bool) -> usize {
+        let inode = |path: &Path| std::fs::metadata(path).map(|meta| std::os::unix::fs::MetadataExt::ino(&meta)).ok();
+        let machines =
+            std::fs::read_dir(Self::run_dir(&self.lab, self.index).join("netns")).into_iter().flatten().flatten();
+        let namespaces: Vec<u64> = machines
+            .map(|entry| entry.path())
+            .chain([self.lab.netns(self.index)])
+            .filter_map(|path| inode(&path))
+            .collect();
+        let mut killed = 0;
+        for entry in std::fs::read_dir("/proc").expect("/proc").flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw)
+            else {
+                continue;
+            };
+            let here = inode(&entry.path().join("ns/net")).is_some_and(|own| namespaces.contains(&own));
+            let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            if here && chosen(&command) && rustix::process::kill_process(pid, Signal::KILL).is_ok() {
+                killed += 1;
+            }
+        }
+        killed
     }
 
     /// Runs a command line against this worker's agent.
@@ -220,9 +244,13 @@ address = "[{peer_address}]:7070"
 
     /// One GET, without waiting for the agent.
     pub fn api(&mut self, path: &str) -> Result<Value, String> {
+        self.api_within(path, Duration::from_secs(5))
+    }
+
+    fn api_within(&mut self, path: &str, patience: Duration) -> Result<Value, String> {
         let failed = |error: std::io::Error| format!("{}: {error}", self.socket().display());
         let mut stream = UnixStream::connect(self.socket()).map_err(failed)?;
-        stream.set_read_timeout(Some(Duration::from_secs(5))).map_err(failed)?;
+        stream.set_read_timeout(Some(patience)).map_err(failed)?;
         write!(stream, "GET {path} HTTP/1.0\r\nHost: agent\r\n\r\n").map_err(failed)?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).map_err(failed)?;
@@ -261,12 +289,6 @@ fn pid_of(child: &Child) -> Pid {
 /// A poll interval, not a synchronisation: the caller checks a condition again and has a deadline.
 fn wait_a_moment() {
     std::thread::sleep(Duration::from_millis(3));
-}
-
-fn cgroup2() -> Option<PathBuf> {
-    let table = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
-    let line = table.lines().find(|line| line.contains(" - cgroup2 "))?;
-    line.split(' ').nth(4).map(PathBuf::from)
 }
 
 /// What a reboot does to /run.
