@@ -9,6 +9,8 @@ use rustix::thread::UnshareFlags;
 
 /// `FITRIM`, include/uapi/linux/fs.h: `_IOWR('X', 121, struct fstrim_range)`.
 const FITRIM: libc::c_ulong = 0xc018_5879;
+/// `EXT4_IOC_CHECKPOINT`, include/uapi/linux/ext4.h: `_IOW('f', 43, __u32)`.
+const EXT4_IOC_CHECKPOINT: libc::c_ulong = 0x4004_662b;
 /// `MOUNT_ATTR_RDONLY`, include/uapi/linux/mount.h.
 pub(crate) const MOUNT_ATTR_RDONLY: u64 = 0x1;
 /// `MOUNT_ATTR_NOSUID`.
@@ -90,6 +92,14 @@ pub(crate) fn trim(directory: BorrowedFd<'_>) -> io::Result<u64> {
     // SAFETY: FITRIM reads and writes one struct fstrim_range, which outlives the call.
     check(unsafe { libc::ioctl(directory.as_raw_fd(), FITRIM, range.as_mut_ptr()) })?;
     Ok(range[1])
+}
+
+/// Has ext4 write what its journal holds to where it belongs, so that an unmount soon after has little left to do (Linux 5.14).
+/// Other file systems do not know the call.
+pub(crate) fn checkpoint(directory: BorrowedFd<'_>) -> io::Result<()> {
+    let flags: u32 = 0;
+    // SAFETY: EXT4_IOC_CHECKPOINT reads one u32, which outlives the call.
+    check(unsafe { libc::ioctl(directory.as_raw_fd(), EXT4_IOC_CHECKPOINT, &raw const flags) }).map(drop)
 }
 
 /// Replaces the process by `program`; returns only what went wrong.

@@ -251,7 +251,7 @@ fn machines_outlive_the_agent_and_are_found_again() {
 fn all_of_a_machine_ends_with_its_shim() {
     let Some(fixture) = Fixture::new("shim") else { return };
     let volume = Volume::new(&fixture, 16);
-    let script = "setsid sleep 1000 & echo kept > /data/file; sync; echo ready; wait";
+    let script = "setsid sleep 1000 & echo kept > /data/file; sync -f /data; echo ready; wait";
     let spec = fixture::with(spec("orders", &["/bin/sh", "-c", script]), |spec| spec["volume"] = "orders".into());
     fixture.start(&spec, Some(&volume.device));
     fixture.wait_for_log(&spec, "ready\n");
@@ -343,7 +343,7 @@ fn a_stop_that_hangs_on_the_volume_says_so_and_goes_on_when_that_answers() {
 fn a_trim_reaches_the_device_while_the_machine_runs() {
     let Some(fixture) = Fixture::new("trim") else { return };
     let volume = Volume::new(&fixture, 64);
-    let script = "dd if=/dev/urandom of=/data/big bs=1M count=40 2>/dev/null; sync; rm /data/big; sync; echo ready; exec sleep 1000";
+    let script = "dd if=/dev/urandom of=/data/big bs=1M count=40 2>/dev/null; sync -f /data; rm /data/big; sync -f /data; echo ready; exec sleep 1000";
     let spec = fixture::with(spec("orders", &["/bin/sh", "-c", script]), |spec| spec["volume"] = "orders".into());
     fixture.start(&spec, Some(&volume.device));
     fixture.wait_for_log(&spec, "ready\n");

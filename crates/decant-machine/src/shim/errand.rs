@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -82,11 +82,16 @@ impl Errand {
     }
 
     pub(super) fn sync() -> io::Result<Self> {
-        Self::fork(Task::Sync, || Report { error: number(sync()), ..Report::default() })
+        Self::fork(Task::Sync, || {
+            let error = number(sync());
+            // A help for the unmount to come, no promise.
+            let _ = data().and_then(|data| sys::checkpoint(data.as_fd()));
+            Report { error, ..Report::default() }
+        })
     }
 
     pub(super) fn trim() -> io::Result<Self> {
-        Self::fork(Task::Trim, || match data().and_then(|data| sys::trim(std::os::fd::AsFd::as_fd(&data))) {
+        Self::fork(Task::Trim, || match data().and_then(|data| sys::trim(data.as_fd())) {
             Ok(trimmed_bytes) => Report { trimmed_bytes, ..Report::default() },
             Err(error) => Report { error: number(Err(error)), ..Report::default() },
         })

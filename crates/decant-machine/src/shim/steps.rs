@@ -17,6 +17,9 @@ pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// How long a stop may be put off to write back what is dirty while the program still serves.
 const WRITE_BACK: Duration = Duration::from_secs(1);
+/// After the write-back, which held the program's own writes up for its last part: what waits is answered before the program
+/// is asked to end, so that the two pauses are not one.
+const BREATH: Duration = Duration::from_millis(5);
 /// Between unmounts that found /data busy: a descriptor's last reference may be dropped a little after its process ended.
 const BUSY_PAUSE: Duration = Duration::from_millis(2);
 /// When to give an unmount up; nothing of the machine runs then, so what keeps it busy will not go away by waiting.
@@ -39,6 +42,8 @@ enum Phase {
     Begun,
     /// The program still runs; what is dirty is written back.
     WritingBack { until: Instant },
+    /// That is done; the program answers who waited for it.
+    Breathing { until: Instant },
     /// The program was asked to end.
     Asked { until: Instant },
     /// Whatever is left is killed.
@@ -101,7 +106,7 @@ impl Shim {
         match &self.stop {
             None => self.restart_at,
             Some(stop) => match stop.phase {
-                Phase::WritingBack { until } | Phase::Asked { until } => Some(until),
+                Phase::WritingBack { until } | Phase::Breathing { until } | Phase::Asked { until } => Some(until),
                 Phase::Unmounting { after } if self.errand.is_none() => Some(after),
                 _ => None,
             },
@@ -254,17 +259,26 @@ impl Shim {
                     self.cannot_run(format!("cannot mount {} at /data: {error}", device.unwrap_or_default()));
                 }
             }
-            Task::Sync => self.answer(Wait::Sync, &result.map_err(|error| format!("cannot write /data back: {error}"))),
+            Task::Sync => {
+                self.wrote_back(report.error);
+                self.answer(Wait::Sync, &result.map_err(|error| format!("cannot write /data back: {error}")));
+            }
             Task::Trim => self.answer(Wait::Trim, &result.map_err(|error| format!("cannot trim /data: {error}"))),
             Task::Unmount => {
                 self.status.timings.unmount_us += took;
-                if report.sync_error != 0 {
-                    let error = std::io::Error::from_raw_os_error(report.sync_error);
-                    self.handles.log.note(&format!("writing /data back failed: {error}"));
-                    self.status.unclean = true;
-                }
+                self.wrote_back(report.sync_error);
                 self.unmounted(report.error);
             }
+        }
+    }
+
+    /// A write-back has ended, with this error number. The kernel tells of a failure once: what one write-back was told
+    /// counts for the stop that comes later, too. One that was killed says nothing.
+    fn wrote_back(&mut self, error: i32) {
+        if error != 0 && error != libc::EINTR {
+            let error = std::io::Error::from_raw_os_error(error);
+            self.handles.log.note(&format!("writing /data back failed: {error}"));
+            self.status.unclean = true;
         }
     }
 
@@ -305,7 +319,11 @@ impl Shim {
                 Phase::Begun => self.begin_stop(hard),
                 Phase::WritingBack { until } => {
                     let is_done = self.errand.is_none() || until <= Instant::now() || hard || self.program.is_none();
-                    is_done.then(|| self.ask_program(hard))
+                    let breath = if self.mounted { BREATH } else { Duration::ZERO };
+                    is_done.then(|| Phase::Breathing { until: Instant::now() + breath })
+                }
+                Phase::Breathing { until } => {
+                    (until <= Instant::now() || hard || self.program.is_none()).then(|| self.ask_program(hard))
                 }
                 Phase::Asked { until } => {
                     (self.program.is_none() || hard || until <= Instant::now()).then_some(Phase::Killing)
