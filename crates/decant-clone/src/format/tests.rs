@@ -673,3 +673,32 @@ fn an_unknown_flag_is_not_passed_over_for_the_older_superblock() {
     disk.0[8188..8192].copy_from_slice(&crc.to_le_bytes());
     assert!(matches!(disk.open(&identity(4096)), Err(MapError::Superblocks { .. })));
 }
+
+/// A superblock or page with a valid checksum and any contents is refused or believed, without a panic.
+#[test]
+fn hostile_fields_under_valid_checksums_are_survived() {
+    let good = example(512);
+    let mut state = 1u64;
+    let mut random = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state >> 33
+    };
+    for _ in 0..4000 {
+        let mut bad = File(good.0.clone());
+        let base = [0, 4096][(random() % 2) as usize];
+        for _ in 0..1 + random() % 3 {
+            let at = base
+                + [12, 16, 24, 28, 96, 104, 108, 112, 120, 128, 132, 136][(random() % 12) as usize]
+                + (random() % 4) as usize;
+            bad.0[at] = [0, 1, 2, 7, 0x7F, 0xFF][(random() % 6) as usize];
+        }
+        let crc = crc32c::crc32c(&bad.0[base..base + 4092]);
+        bad.0[base + 4092..base + 4096].copy_from_slice(&crc.to_le_bytes());
+        let slot = 12288;
+        bad.0[slot + 64 + (random() % 4032) as usize] = random() as u8;
+        bad.0[slot + 4..slot + 8].fill(0);
+        let crc = crc32c::crc32c(&bad.0[slot..slot + 4096]);
+        bad.0[slot + 4..slot + 8].copy_from_slice(&crc.to_le_bytes());
+        let _ = bad.open(&identity(512));
+    }
+}

@@ -42,6 +42,11 @@ pub trait Disk: Send + Sync {
     fn image(&self) -> &Arc<dyn Medium>;
     /// The map, if there is one.
     fn open_map(&self) -> Result<Option<Arc<dyn Medium>>, Errno>;
+    /// Makes room for a map of about `length` bytes, off the path between stop and start.
+    fn reserve_map(&self, length: u64) -> Result<(), Errno> {
+        let _ = length;
+        Ok(())
+    }
     /// Makes the map of `length` bytes with `writes` in it, durable and in its place at once.
     fn create_map(&self, length: u64, writes: &[(u64, Vec<u8>)]) -> Result<Arc<dyn Medium>, Errno>;
     /// Removes the map, durably. No error if there is none.
@@ -213,9 +218,26 @@ impl Files {
         self.map.with_extension("failed")
     }
 
+    fn new_map(&self) -> Result<File, Errno> {
+        let mut options = std::fs::OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false);
+        options.open(self.map.with_extension("map.new")).map_err(errno)
+    }
+
     fn sync_directory(&self) -> Result<(), Errno> {
         let directory = self.map.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
         File::open(directory).and_then(|file| file.sync_all()).map_err(errno)
+    }
+}
+
+/// Gives a map its blocks, unless that is too much or the file system cannot.
+fn reserve(map: &File, length: u64) -> Result<(), Errno> {
+    if length > RESERVED_MAP {
+        return Ok(());
+    }
+    match rustix::fs::fallocate(map, FallocateFlags::empty(), 0, length) {
+        Ok(()) | Err(Errno::OPNOTSUPP) => Ok(()),
+        Err(error) => Err(error),
     }
 }
 
@@ -240,22 +262,27 @@ impl Disk for Files {
         }
     }
 
+    fn reserve_map(&self, length: u64) -> Result<(), Errno> {
+        let file = self.new_map()?;
+        file.set_len(0).map_err(errno)?;
+        reserve(&file, length)?;
+        file.sync_all().map_err(errno)?;
+        self.sync_directory()
+    }
+
     fn create_map(&self, length: u64, writes: &[(u64, Vec<u8>)]) -> Result<Arc<dyn Medium>, Errno> {
-        let new = self.map.with_extension("map.new");
-        let file =
-            std::fs::OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&new).map_err(errno)?;
-        file.set_len(length).map_err(errno)?;
-        if length <= RESERVED_MAP {
-            match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, length) {
-                Ok(()) | Err(Errno::OPNOTSUPP) => {}
-                Err(error) => return Err(error),
-            }
+        let file = self.new_map()?;
+        // What a try that failed left would be taken for pages.
+        if rustix::fs::seek(&file, SeekFrom::Data(0)) != Err(Errno::NXIO) {
+            file.set_len(0).map_err(errno)?;
         }
+        file.set_len(length).map_err(errno)?;
+        reserve(&file, length)?;
         for (offset, bytes) in writes {
             file.write_all_at(bytes, *offset).map_err(errno)?;
         }
         file.sync_all().map_err(errno)?;
-        std::fs::rename(&new, &self.map).map_err(errno)?;
+        std::fs::rename(self.map.with_extension("map.new"), &self.map).map_err(errno)?;
         self.sync_directory()?;
         Ok(Arc::new(FilePart::whole(file)))
     }

@@ -96,7 +96,12 @@ impl Engine {
         }
         let map = options.disk.open_map().map_err(io("open the clone's map"))?;
         let (life, files, verified) = match (options.mode, map) {
-            (Mode::Prepared, None) => (Life::Prepared(Early::default()), None, None),
+            (Mode::Prepared, None) => {
+                // Superblocks, pages, and a live table of the usual length.
+                let length = (options.shape.pages() * 2 + 2) * BLOCK + (64 << 10);
+                options.disk.reserve_map(length).map_err(io("make room for the clone's map"))?;
+                (Life::Prepared(Early::default()), None, None)
+            }
             (Mode::Plain, None) => (Life::Plain, None, None),
             (Mode::Clone, None) => return Err(OpenError::MapMissing),
             (mode, Some(map)) => Self::open_clone(&options, mode, map)?,

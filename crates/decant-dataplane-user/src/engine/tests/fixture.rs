@@ -260,6 +260,9 @@ impl Disk for FaultyDisk {
         let wrap = |inner| Arc::new(Faulty { inner, faults: self.faults.clone(), is_map: true }) as Arc<dyn Medium>;
         Ok(self.files.open_map()?.map(wrap))
     }
+    fn reserve_map(&self, length: u64) -> Result<(), Errno> {
+        self.files.reserve_map(length)
+    }
     fn create_map(&self, length: u64, writes: &[(u64, Vec<u8>)]) -> Result<Arc<dyn Medium>, Errno> {
         let inner = self.files.create_map(length, writes)?;
         Ok(Arc::new(Faulty { inner, faults: self.faults.clone(), is_map: true }))

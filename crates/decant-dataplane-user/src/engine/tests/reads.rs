@@ -278,3 +278,36 @@ fn a_clone_that_is_not_whole_is_neither_sealed_nor_exported() {
     assert_eq!(engine.as_exported().read(0, &mut [0; 4096]), Err(Errno::IO));
     assert_eq!(engine.drop_map(), Err(Errno::BUSY));
 }
+
+#[test]
+fn a_tebibyte_is_begun_sealed_and_exported_in_no_time() {
+    let volume = Volume::new(1 << 40, 4096, &[(0, 40), (9000, 1), (1 << 27, 64)]);
+    let engine = volume.try_open(Mode::Prepared).unwrap();
+    let clock = std::time::Instant::now();
+    engine.begin(volume.live.clone(), Epoch(3)).unwrap();
+    let begun = clock.elapsed();
+    engine.write(1 << 39, &mut plaintext(1 << 39, 4096, 1)).unwrap();
+    engine.discard(1 << 38, 1 << 39).unwrap();
+    engine.flush().unwrap();
+    assert_eq!(engine.status().unwrap().bytes_missing, (41) * BLOCK, "64 blocks were discarded");
+    drop(engine);
+    let clock = std::time::Instant::now();
+    let engine = volume.try_open(Mode::Clone).unwrap();
+    let opened = clock.elapsed();
+    assert_eq!(read(&engine, 1 << 39, 4096).unwrap(), vec![0; 4096]);
+    drop(engine);
+    // Far beyond what it takes; the figures are for whoever reads the log.
+    println!("begun in {begun:?}, opened again in {opened:?}");
+    assert!(begun.as_millis() < 2000 && opened.as_millis() < 2000, "{begun:?}, {opened:?}");
+
+    let volume = Volume::new(1 << 40, 4096, &[]);
+    let engine = volume.try_open(Mode::Plain).unwrap();
+    engine.write(1 << 39, &mut plaintext(1 << 39, 4096, 1)).unwrap();
+    let clock = std::time::Instant::now();
+    let live = engine.seal().unwrap();
+    println!("sealed in {:?}", clock.elapsed());
+    assert_eq!(live.iter().map(|run| run.range()).collect::<Vec<_>>(), [1 << 27..(1 << 27) + 1]);
+    let mut digests = Vec::new();
+    engine.as_exported().digests(1 << 39, BLOCK, &mut digests).unwrap().unwrap();
+    assert_eq!(digests.len(), 1);
+}
