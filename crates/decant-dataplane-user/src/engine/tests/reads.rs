@@ -306,7 +306,7 @@ fn a_tebibyte_is_begun_sealed_and_exported_in_no_time() {
     let clock = std::time::Instant::now();
     let live = engine.seal().unwrap();
     println!("sealed in {:?}", clock.elapsed());
-    assert_eq!(live.iter().map(|run| run.range()).collect::<Vec<_>>(), [1 << 27..(1 << 27) + 1]);
+    assert_eq!((live.len(), live.end()), (1, (1 << 27) + 1));
     let mut digests = Vec::new();
     engine.as_exported().digests(1 << 39, BLOCK, &mut digests).unwrap().unwrap();
     assert_eq!(digests.len(), 1);
