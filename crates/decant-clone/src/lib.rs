@@ -7,7 +7,7 @@
 //! |---|---|
 //! | [`shape`] | sizes: blocks, sectors, map pages |
 //! | [`blocks`] | the state of each block, in memory |
-//! | [`format`] | the map file's bytes, as docs/clone-map.md has them |
+//! | [`format`](mod@format) | the map file's bytes, as docs/clone-map.md has them |
 //! | [`file`](mod@file) | which slot holds what; commits and superblock updates as lists of writes |
 //! | [`marks`] | the marks file, which carries acknowledged writes over the death of the process |
 //! | [`core`](mod@core) | reads, writes, fetches and stores against each other |
