@@ -5,13 +5,14 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 
-use decant_base::{BLOCK, ExtentSet};
+use decant_base::{BLOCK, Epoch, ExtentSet};
 
 use super::super::*;
 use super::fixture::*;
 
 const BLOCKS: u64 = 256;
 const CHILD: &str = "DECANT_TEST_ENGINE_CHILD";
+const LIFE: &str = "DECANT_TEST_ENGINE_LIFE";
 
 fn scale() -> f64 {
     std::env::var("DECANT_TEST_SCALE").ok().and_then(|text| text.parse().ok()).unwrap_or(1.0)
@@ -56,6 +57,57 @@ fn child() {
         if n % 7 == 0 {
             let _ = read(&engine, (n * 31 % BLOCKS) * BLOCK, 4096).unwrap();
         }
+    }
+}
+
+/// No test of its own: begins a clone, fills, verifies and drops it, and dies somewhere on the way.
+#[test]
+fn life() {
+    let Ok(directory) = std::env::var(LIFE) else { return };
+    let shape = Shape::new(BLOCKS * BLOCK, 4096).unwrap();
+    let live: ExtentSet = [decant_base::Extent { start: 0, length: BLOCKS }].into_iter().collect();
+    let engine = open_in(directory.as_ref(), shape, Mode::Prepared, &Arc::default()).unwrap();
+    engine.begin(live.clone(), Epoch(3)).unwrap();
+    origin_of(shape, &live).attach(&engine);
+    hydrate(&engine);
+    engine.verify().unwrap();
+    engine.drop_map().unwrap();
+}
+
+#[test]
+fn a_process_killed_at_any_turn_of_a_clones_life_goes_on_from_there() {
+    for point in ["map:created", "map:complete", "map:dropped"] {
+        let volume = Volume::new(BLOCKS * BLOCK, 4096, &[(0, BLOCKS)]);
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "engine::tests::crash::life", "--nocapture", "--test-threads=1"]);
+        command
+            .env(LIFE, volume.directory.path())
+            .env("DECANT_CRASH", point)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let status = command.status().unwrap();
+        assert!(!status.success() && status.code().is_none(), "{point}: it ended with {status}");
+        let engine = match point {
+            // The caller has not heard that it was begun, and says so again.
+            "map:created" => {
+                let engine = volume.try_open(Mode::Prepared).unwrap();
+                engine.begin(volume.live.clone(), Epoch(3)).unwrap();
+                volume.origin().attach(&engine);
+                hydrate(&engine);
+                engine
+            }
+            // It has not heard that all was verified, asks again, and gets the same answer without an origin.
+            "map:complete" => volume.try_open(Mode::Clone).unwrap(),
+            _ => volume.try_open(Mode::Plain).unwrap(),
+        };
+        if point != "map:dropped" {
+            assert_eq!(engine.verify().unwrap().compared, BLOCKS, "{point}");
+            engine.drop_map().unwrap();
+        }
+        assert!(engine.is_plain());
+        (0..BLOCKS).for_each(|block| {
+            assert_eq!(read(&engine, block * BLOCK, 4096).unwrap(), expected(block, None, 0), "{point}")
+        });
     }
 }
 
