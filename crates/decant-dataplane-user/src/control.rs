@@ -67,7 +67,7 @@ pub enum KeeperRequest {
     /// How it stands, without asking the volume process. `Status`.
     Kept,
     /// Ends the volume process in good order, takes the device away and ends the keeper. Refused while the device is used.
-    /// `Done`.
+    /// `Stopped`.
     Stop,
 }
 
@@ -77,6 +77,11 @@ pub enum KeeperRequest {
 pub enum KeeperReply {
     /// It is done.
     Done,
+    /// The device is gone, and the keeper is about to be.
+    Stopped {
+        /// What was not in good order.
+        trouble: Option<Failure>,
+    },
     /// The volume process runs.
     Started {
         /// Its device.

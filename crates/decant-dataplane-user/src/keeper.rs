@@ -41,6 +41,8 @@ use link::{Link, Process};
 const RESTART_PATIENCE: Duration = Duration::from_secs(30);
 /// The longest pause before a volume process that keeps dying is started again.
 const MAX_PAUSE: Duration = Duration::from_secs(5);
+/// So many processes that die at their start are no accident.
+const STILLBORN: u32 = 3;
 /// A process that lived this long did not die of its start.
 const SETTLED: Duration = Duration::from_secs(10);
 
@@ -115,6 +117,10 @@ struct State {
     link: Option<Arc<Link>>,
     pid: Option<u32>,
     restarts: u64,
+    /// Processes started.
+    lives: u64,
+    /// Processes that died before they took up the work that they were started for.
+    stillborn: u32,
     trouble: Option<Failure>,
     /// Whether the work has ever been taken up: a refusal before that is final.
     proved: bool,
@@ -209,10 +215,11 @@ impl Keeper {
         let (start, key, fuse, again) = {
             let mut state = self.state();
             let (Some(work), Some(key)) = (state.work.clone(), state.key.clone()) else { return "no work".into() };
-            let fuse = state.device.as_ref().map(|device| Arc::clone(&device.fuse)).or_else(|| state.fuse.clone());
+            let fuse = state.device.as_ref().and_then(|device| device.fuse()).or_else(|| state.fuse.clone());
             let resume = fuse.is_some() && state.served;
             state.served |= fuse.is_some();
-            let again = state.restarts > 0 || resume;
+            let again = state.lives > 0;
+            state.lives += 1;
             let start = VolumeStart { site: self.spec.site.clone(), volume: self.spec.volume.clone(), work, resume };
             (start, key, fuse, again)
         };
@@ -243,7 +250,8 @@ impl Keeper {
         self.change(|state| {
             state.pid = None;
             state.restarts += u64::from(state.work.is_some() && !state.stopping);
-            if state.trouble.is_none() && !state.proved {
+            state.stillborn += 1;
+            if state.trouble.is_none() && !state.proved && state.stillborn >= STILLBORN {
                 state.refuse(failure(
                     FailureCode::Retry,
                     format!("the volume process died at its start: {end}; see volume.log"),
@@ -310,11 +318,16 @@ impl State {
     /// A volume process says that it cannot be what it is to be.
     fn refuse(&mut self, refusal: Failure) {
         tracing::error!(%refusal, "the volume process refuses");
-        self.trouble = Some(refusal);
-        if !self.proved {
+        // Trying again mends neither; a person does, and meanwhile whoever uses the device gets errors instead of waiting in
+        // a state that not even a kill ends.
+        if !self.proved || refusal.code == FailureCode::Stuck {
             self.work = None;
             self.fuse = None;
+            if let Some(device) = &self.device {
+                device.give_up();
+            }
         }
+        self.trouble = Some(refusal);
     }
 
     /// What a successor must know of a request that succeeded.
@@ -332,7 +345,8 @@ impl State {
             (VolumeRequest::Begin { clone, .. }, _) => {
                 work.clone = Some(control::CloneWork { begun: true, ..clone.clone() });
             }
-            (VolumeRequest::DropMap, _) => work.clone = None,
+            // Whole from here on: a successor opens it so, with its complete map or after that was dropped.
+            (VolumeRequest::Verify, VolumeReply::Verified { .. }) => work.clone = None,
             (VolumeRequest::Limit { rate }, _) => work.limit = *rate,
             (VolumeRequest::Policy { policy }, _) => work.policy = *policy,
             _ => {}

@@ -406,3 +406,51 @@ fn a_tebibyte_moves_like_a_gibibyte() {
     });
     assert!(took[1] < took[0] * 13 / 10 + Duration::from_millis(300), "1 GiB {:?}, 1 TiB {:?}", took[0], took[1]);
 }
+
+/// The destination's volume process dies at each point of its map's life; the move ends as if it had not.
+#[test]
+fn a_destination_that_dies_at_any_point_of_its_map_loses_nothing() {
+    if cannot_run("a_destination_that_dies_at_any_point_of_its_map_loses_nothing") {
+        return;
+    }
+    let world = World::new();
+    let content = &content()[..1 << 20];
+    for (n, point) in decant_dataplane_user::engine::POINTS.iter().enumerate() {
+        let source = world.worker(&format!("alive-{n}"), Bytes::mib(4));
+        let destination = world.crashing_worker(&format!("dies-{n}"), point);
+        source.create("v", Bytes::mib(16));
+        let at = world.mount_point("at-source");
+        mount(&source.attach("v"), &at);
+        std::fs::write(at.join("file"), content).unwrap();
+        unmount(&at);
+        let opened = open_export(&source, &destination, "m-1");
+        prepare(&destination, &opened, "m-1").unwrap();
+        let device = assemble(&destination, &opened, "m-1");
+        let sealed = seal(&source, &destination, "m-1").unwrap();
+        assert_eq!(begin(&destination, &opened, &sealed, "m-1"), device);
+        let there = world.mount_point("at-destination");
+        mount(&device, &there);
+        std::fs::write(there.join("new"), content).unwrap();
+        run("sync", &["-f", there.to_str().unwrap()]);
+        assert_eq!(std::fs::read(there.join("file")).unwrap(), content, "{point}");
+        verified(&destination, "m-1");
+        // In good order, so that this, too, passes the point.
+        unmount(&there);
+        let died = destination.keeper("v").unwrap().restarts;
+        destination.detach("v");
+        let device = destination.attach("v");
+        run("fsck.ext4", &["-fn", device.to_str().unwrap()]);
+        mount(&device, &there);
+        for name in ["file", "new"] {
+            assert_eq!(std::fs::read(there.join(name)).unwrap(), content, "{point}: {name}");
+        }
+        unmount(&there);
+        for worker in [&source, &destination] {
+            assert_eq!(worker.perform(Command::Delete { volume: volume("v") }), Ok(Outcome::Done));
+            worker.assert_nothing_left("v");
+        }
+        std::fs::remove_file(world.directory.path().join("keys/v.key")).unwrap();
+        println!("{point}: the volume process died {died} times");
+        assert!(died == 1, "{point}: the point was not passed");
+    }
+}

@@ -116,6 +116,7 @@ impl Keeper {
             state.fuse = connection.as_ref().map(|connection| Arc::clone(&connection.fuse));
             state.served = false;
             state.proved = false;
+            state.stillborn = 0;
             state.trouble = None;
             state.work = Some(work);
         });
@@ -182,7 +183,7 @@ impl Keeper {
         drop(claim);
         if let Some(device) = device {
             // Behind the answer: the machine waits elsewhere for it.
-            let cleared = std::thread::Builder::new().name("clear".into()).spawn(move || device.clear(true));
+            let cleared = std::thread::Builder::new().name("clear".into()).spawn(move || device.clear());
             if let Err(error) = cleared {
                 tracing::error!(%error, "no thread to clear the device; it clears itself");
             }
@@ -198,26 +199,24 @@ impl Keeper {
         let settled = |state: &State| state.link.is_some() || state.work.is_none() || state.trouble.is_some();
         let (state, _) = self.wait_until(self.state(), deadline, settled);
         let (runs, trouble) = (state.link.is_some(), state.trouble.clone());
-        let works = state.work.is_some();
+        let lost = state.work.is_some() || trouble.is_some();
         drop(state);
         let durable = if runs {
             let synced = device.as_ref().map_or(Ok(()), |device| device.sync());
             synced.and(self.call(&VolumeRequest::Quiesce).map(drop))
-        } else if works {
+        } else if let (true, Some(device)) = (lost, &device) {
             // Nobody serves the device any more, so syncing it would wait for ever.
+            self.change(|state| state.work = None);
+            device.give_up();
             Err(trouble.unwrap_or_else(|| failure(FailureCode::Stuck, "the volume process does not start")))
         } else {
             Ok(())
         };
         self.state().device.take();
         drop(claim);
-        if !runs {
-            // With the last descriptor of the connection gone, the device's requests fail instead of waiting.
-            self.change(|state| state.work = None);
-        }
         // Served to its end: the kernel closes the file through the process that is still there.
         if let Some(device) = device.and_then(Arc::into_inner) {
-            device.clear(runs);
+            device.clear();
         }
         self.change(|state| {
             state.stopping = true;
@@ -228,8 +227,9 @@ impl Keeper {
             }
         });
         drop(self.wait_until(self.state(), Some(Instant::now() + RESTART_PATIENCE), |state| state.stopped));
-        durable.map(|()| KeeperReply::Done).map_err(|cause| {
+        let trouble = durable.err().map(|cause| {
             failure(cause.code, format!("detached, but what was written last may not be durable: {cause}"))
-        })
+        });
+        Ok(KeeperReply::Stopped { trouble })
     }
 }

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use decant_dataplane::{Failure, FailureCode};
@@ -42,21 +42,31 @@ impl Connection {
         let disk =
             LoopDevice::create(backing.as_fd(), sector_size, name).map_err(|error| refused(error.to_string()))?;
         // From here on the loop device alone keeps the file system alive.
-        Ok(Device { path: disk.path().to_owned(), fuse: self.fuse, disk })
+        Ok(Device { path: disk.path().to_owned(), fuse: Mutex::new(Some(self.fuse)), disk })
     }
 }
 
 /// A volume's block device.
 pub(super) struct Device {
     path: PathBuf,
-    /// What volume processes read requests from.
-    pub(super) fuse: Arc<OwnedFd>,
+    /// What volume processes read requests from; `None` once it was given up.
+    fuse: Mutex<Option<Arc<OwnedFd>>>,
     disk: LoopDevice,
 }
 
 impl Device {
     pub(super) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What volume processes read requests from; `None` once it was given up.
+    pub(super) fn fuse(&self) -> Option<Arc<OwnedFd>> {
+        self.fuse.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Ends the connection: with its last descriptor gone, every request, those that wait included, fails.
+    pub(super) fn give_up(&self) {
+        self.fuse.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 
     /// Proves that nobody uses the device, and keeps it so until the file is dropped.
@@ -83,11 +93,10 @@ impl Device {
         })
     }
 
-    /// Takes the device away. Whoever still has it open sees errors from here on. `served`: a volume process answers.
-    pub(super) fn clear(self, served: bool) {
-        let Self { path, fuse, disk } = self;
-        // Held to the end where somebody answers; else the first to go, so that nothing waits for an answer.
-        let _fuse = served.then_some(fuse);
+    /// Takes the device away. Whoever still has it open sees errors from here on. A volume process answers to the end, or the
+    /// connection was given up.
+    pub(super) fn clear(self) {
+        let Self { path, fuse: _held, disk } = self;
         let bound = Path::new("/sys/block").join(path.file_name().unwrap_or_default()).join("loop");
         if let Err(error) = disk.clear() {
             tracing::error!(%error, device = %path.display(), "the loop device cannot be cleared");

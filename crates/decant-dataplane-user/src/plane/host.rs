@@ -10,7 +10,7 @@ use decant_base::{Bytes, VolumeId};
 use decant_dataplane::{Failure, FailureCode};
 use rustix::fs::SeekFrom;
 
-use super::{UserPlane, failure, refused};
+use super::{UserPlane, failure, refused, unexpected};
 use crate::control::{self, KeeperReply, KeeperRequest, Lines, send_line};
 use crate::keeper::{ALREADY_KEPT, KeeperSpec, READY_LINE};
 use crate::metadata::{Metadata, State};
@@ -95,17 +95,17 @@ impl UserPlane {
         send_line(&stream, &KeeperRequest::Stop).map_err(io)?;
         let mut lines = Lines::new(&stream);
         let answer = lines.receive::<Result<KeeperReply, Failure>>().map_err(io)?;
-        let result = match answer {
-            Some(answer) => answer.map(|_| ()),
+        let trouble = match answer {
+            Some(Ok(KeeperReply::Stopped { trouble })) => trouble,
+            Some(Ok(other)) => return Err(unexpected(&other)),
+            Some(Err(refusal)) => return Err(refusal),
             None => {
                 return Err(failure(FailureCode::Retry, format!("the keeper of volume {volume} died over its stop")));
             }
         };
-        if result.is_ok() {
-            // The connection ends with the process.
-            let _ = lines.receive::<KeeperReply>();
-        }
-        result
+        // The connection ends with the process.
+        let _ = lines.receive::<KeeperReply>();
+        trouble.map_or(Ok(()), Err)
     }
 
     /// Clears loop devices that a dead keeper of this volume left. There is none alive when this is called.

@@ -81,6 +81,21 @@ impl World {
     }
 
     pub(crate) fn worker(&self, name: &str, header: Bytes) -> Worker {
+        self.worker_with(name, header, env!("CARGO_BIN_EXE_decant-plane-test").into())
+    }
+
+    /// A worker whose volume process dies, once for each keeper, at the crash point `point`.
+    pub(crate) fn crashing_worker(&self, name: &str, point: &str) -> Worker {
+        let program = self.directory.path().join(format!("{name}.sh"));
+        let exe = env!("CARGO_BIN_EXE_decant-plane-test");
+        // The keeper hands its environment to the first volume process and takes it away from the next.
+        let script = format!("#!/bin/sh\n[ \"$1\" = keeper ] && export DECANT_CRASH={point}\nexec {exe} \"$@\"\n");
+        std::fs::write(&program, script).unwrap();
+        std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        self.worker_with(name, Bytes::mib(4), program)
+    }
+
+    fn worker_with(&self, name: &str, header: Bytes, exe: PathBuf) -> Worker {
         let home = self.directory.path().join(name);
         let site = SiteConfig {
             worker: WorkerId::new(name).unwrap(),
@@ -91,7 +106,7 @@ impl World {
             header,
             // One key store for all, as a fleet has.
             keys: KeySource::File { directory: self.directory.path().join("keys") },
-            exe: env!("CARGO_BIN_EXE_decant-plane-test").into(),
+            exe,
         };
         let plane = UserPlane::new(site.clone()).unwrap();
         let home = home.canonicalize().unwrap();
@@ -119,13 +134,8 @@ fn clean_up_after_killed_runs() {
     }
 }
 
-/// Unmounts what is mounted in `directory` and ends the keepers that have their sockets there.
+/// Ends the keepers that have their sockets in `directory` and unmounts what is mounted there.
 fn clean_up(directory: &Path) {
-    let root = directory.display().to_string();
-    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-    for mount in mounts.lines().filter_map(|line| line.split(' ').nth(1)).filter(|path| path.starts_with(&root)) {
-        let _ = Process::new("umount").args(["-l", mount]).status();
-    }
     for worker in std::fs::read_dir(directory).into_iter().flatten().flatten() {
         for volume in std::fs::read_dir(worker.path().join("run/volumes")).into_iter().flatten().flatten() {
             if let Ok(KeeperReply::Status(status)) =
@@ -137,6 +147,12 @@ fn clean_up(directory: &Path) {
         }
         let name = worker.file_name().into_string().unwrap_or_default();
         decant_dataplane_user::process::remove_empty_cgroup(&name, decant_dataplane_user::keeper::CGROUP);
+    }
+    // After the keepers: what was mounted gives errors now, and an unmount does not wait for anybody.
+    let root = directory.display().to_string();
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    for mount in mounts.lines().filter_map(|line| line.split(' ').nth(1)).filter(|path| path.starts_with(&root)) {
+        let _ = Process::new("umount").args(["-l", mount]).status();
     }
 }
 
