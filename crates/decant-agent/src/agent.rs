@@ -287,9 +287,7 @@ impl Agent {
     /// A row with what others say of it now, for `f`.
     pub(crate) async fn with_seen<T>(&self, row: &decant_drain::Row, f: impl FnOnce(&Seen<'_>) -> T) -> T {
         let status = async {
-            if row.state.owned().is_none() {
-                return None;
-            }
+            row.state.owned()?;
             self.driver_status(&row.machine, STATUS_PATIENCE).await?.ok()?
         };
         let volume = async {

@@ -199,6 +199,35 @@ fn lossy(to: std::net::SocketAddr) -> std::net::SocketAddr {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_route_is_held_back_until_it_changes() {
+    let fleet = Fleet::start().await;
+    let machine = fleet.run("web", false).await;
+    let client = fleet.client("worker-3");
+    let mut route: Route = client.get(&path::route(&machine, 2_000)).await.expect("a route");
+    assert_eq!((route.state, route.worker.clone()), (RouteState::Moved, Some(id("worker-1"))));
+    let ask = |known: &Route, wait_ms| {
+        let known = path::KnownRoute { state: known.state, epoch: known.epoch, worker: known.worker.clone() };
+        path::route_if_changed(&machine, wait_ms, Some(&known))
+    };
+    // Nothing changes: the answer comes when the wait is over.
+    let begun = Instant::now();
+    let same: Route = client.get(&ask(&route, 300)).await.expect("a route");
+    assert_eq!(same, route);
+    assert!(begun.elapsed() >= Duration::from_millis(295), "{:?}", begun.elapsed());
+    // It moves: each change is told at once, and the address is never behind.
+    fleet.start_move(&machine, "m-1").await;
+    let mut seen = Vec::new();
+    while (route.state, route.worker.clone()) != (RouteState::Moved, Some(id("worker-2"))) {
+        let begun = Instant::now();
+        route = client.get(&ask(&route, 20_000)).await.expect("a route");
+        assert!(begun.elapsed() < Duration::from_secs(15), "held back too long");
+        seen.push((route.state, route.worker.clone(), route.address));
+        assert!(seen.len() < 10, "{seen:?}");
+    }
+    assert!(seen.iter().all(|(.., address)| address.is_some()), "{seen:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_hung_plane_stops_neither_the_api_nor_other_machines() {
     let fleet = Fleet::start().await;
     let machine = fleet.run("orders", true).await;

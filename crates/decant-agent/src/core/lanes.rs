@@ -142,7 +142,7 @@ pub(super) struct About {
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Work {
     /// An effect.
-    Effect { effect: Effect, about: About },
+    Effect { effect: Box<Effect>, about: About },
     /// A survivor that this worker does not own: killed before anything else of it is done.
     Kill,
 }
@@ -237,21 +237,7 @@ impl Lane {
     fn perform(&self, world: &World, work: Work) -> Input {
         let machine = self.machine.clone();
         let event = match work {
-            Work::Effect { effect: Effect::Plane(command), .. } => {
-                let result = world.perform(&command).map(Box::new);
-                if let Err(failure) = &result {
-                    tracing::debug!(%machine, ?command, code = ?failure.code, %failure, "plane");
-                }
-                Event::Plane { command: Box::new(command), result }
-            }
-            Work::Effect { effect: Effect::Machine(command), about } => {
-                let result = world.perform_machine(&command, &about);
-                if let Err(failure) = &result {
-                    tracing::info!(%machine, code = ?failure.code, %failure, "machine");
-                }
-                Event::Machine { command: Box::new(command), result }
-            }
-            Work::Effect { effect, .. } => unreachable!("{effect:?} is no work for a lane"),
+            Work::Effect { effect, about } => perform_effect(world, &machine, *effect, &about),
             Work::Kill => {
                 // Kept at until it is gone: nothing else of this machine may happen here before.
                 while let Err(failure) = world.machines.kill(&machine) {
@@ -262,5 +248,26 @@ impl Lane {
             }
         };
         Input::Machine { machine, event: Box::new(event), reply: None }
+    }
+}
+
+/// Performs an effect; its outcome.
+fn perform_effect(world: &World, machine: &MachineId, effect: Effect, about: &About) -> Event {
+    match effect {
+        Effect::Plane(command) => {
+            let result = world.perform(&command).map(Box::new);
+            if let Err(failure) = &result {
+                tracing::debug!(%machine, ?command, code = ?failure.code, %failure, "plane");
+            }
+            Event::Plane { command: Box::new(command), result }
+        }
+        Effect::Machine(command) => {
+            let result = world.perform_machine(&command, about);
+            if let Err(failure) = &result {
+                tracing::info!(%machine, code = ?failure.code, %failure, "machine");
+            }
+            Event::Machine { command: Box::new(command), result }
+        }
+        Effect::Send { .. } | Effect::Wake { .. } => unreachable!("messages and timers are no work for a lane"),
     }
 }

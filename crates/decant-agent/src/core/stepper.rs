@@ -208,7 +208,9 @@ impl Stepper {
         let mut batch = Vec::new();
         for effect in effects {
             match effect {
-                Effect::Plane(_) | Effect::Machine(_) => batch.push(Work::Effect { effect, about: about.clone() }),
+                Effect::Plane(_) | Effect::Machine(_) => {
+                    batch.push(Work::Effect { effect: Box::new(effect), about: about.clone() })
+                }
                 Effect::Send { to, message } => {
                     let _ = self.parts.outgoing.send(Outgoing { to, message });
                 }
@@ -351,7 +353,7 @@ impl Stepper {
             Err(ApplyError::Denied(never)) => match never {},
             Err(ApplyError::Journal(error)) => Err(error),
         };
-        let outcome = result.as_ref().map(|()| ()).map_err(|error| Refusal::Down(error.to_string()));
+        let outcome = result.as_ref().copied().map_err(|error| Refusal::Down(error.to_string()));
         if let Some(reply) = reply {
             let _ = reply.send(outcome);
         }

@@ -135,7 +135,7 @@ mod tests {
             409 {"code":"exists","name":"machine exists","cause":"this machine is here already (active): choose another name, or remove it first","fix":"choose another name, or remove the machine first"}
             409 {"code":"conflict","name":"machine is busy","cause":"migration m-0 is under way","fix":"wait until that is over, or cancel it"}
             409 {"code":"conflict","name":"migration is over","cause":"migration m-1 is over: cleaned","fix":"nothing is left to do"}
-            409 {"code":"too_late","name":"too late to cancel","cause":"migration m-1 is past its commit point, worker-2 owns the machine: use undo, or move it back once it is verified","fix":"move the machine back once its volume is whole"}
+            409 {"code":"too_late","name":"too late to cancel","cause":"migration m-1 is past its commit point, worker-2 owns the machine: use undo; until there is one, move the machine back once it is verified","fix":"move the machine back once its volume is whole"}
             404 {"code":"not_found","name":"migration not found","cause":"no migration m-1 of this machine is known here","fix":"list them with `decant migration list`"}
             409 {"code":"conflict","name":"not possible now","cause":"it is stopped already","fix":"look at the machine with `decant machine show`"}
             409 {"code":"conflict","name":"not awaited","cause":"nobody waits for this outcome","fix":"nothing is left to do"}
