@@ -257,6 +257,8 @@ pub(super) fn stop(driver: &ProcessDriver, machine: &MachineId, hard: bool, pati
     if let Some(device) = noted_device(&run) {
         probe_exclusive(&device, LET_GO.min(left))
             .map_err(|cause| MachineError::DeviceBusy { machine: machine.clone(), cause })?;
+        // It was let go once. Whoever has a device of that name later has another one: loop devices are used again.
+        let _ = fs::remove_file(run.join("device"));
     }
     let status = status_file(&run);
     if let (Change::Made, Some(Status { timings, .. })) = (change, &status) {
