@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 /// The machine's acknowledgements, checked as they come.
-pub struct Acks {
+pub(crate) struct Acks {
     directory: PathBuf,
     lines: Receiver<String>,
     /// The highest line acknowledged.
@@ -21,7 +21,7 @@ pub struct Acks {
 
 impl Acks {
     /// Makes the directory that is bound into the machine: lock, FIFO, script.
-    pub fn listen(below: &Path, script: &str) -> Self {
+    pub(crate) fn listen(below: &Path, script: &str) -> Self {
         let directory = below.join("outside");
         std::fs::create_dir(&directory).expect("a directory outside the workers");
         std::fs::set_permissions(&directory, PermissionsExt::from_mode(0o755)).expect("a mode");
@@ -43,12 +43,12 @@ impl Acks {
         Self { directory, lines, last: 0, starts: 0, dying: false }
     }
 
-    pub fn directory(&self) -> &Path {
+    pub(crate) fn directory(&self) -> &Path {
         &self.directory
     }
 
     /// Takes in what comes within `time`.
-    pub fn wait(&mut self, time: Duration) {
+    pub(crate) fn wait(&mut self, time: Duration) {
         let end = Instant::now() + time;
         loop {
             match self.lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
@@ -60,7 +60,7 @@ impl Acks {
     }
 
     /// Waits for three acknowledgements more: the machine runs, and what it acknowledged is there.
-    pub fn await_progress(&mut self, when: &str) {
+    pub(crate) fn await_progress(&mut self, when: &str) {
         let wanted = self.last + 3;
         let end = Instant::now() + super::PATIENCE;
         while self.last < wanted {
@@ -70,6 +70,7 @@ impl Acks {
                 self.note(&line);
             }
         }
+        self.dying = false;
     }
 
     fn note(&mut self, line: &str) {
@@ -81,7 +82,6 @@ impl Acks {
                 assert!((low..=high).contains(&length), "{length} lines are there, {low} were acknowledged");
                 self.last = length;
                 self.starts += 1;
-                self.dying = false;
             }
             ("ack", Ok(number)) => {
                 assert_eq!(number, self.last + 1, "acknowledged out of order");
@@ -93,13 +93,13 @@ impl Acks {
         }
     }
 
-    /// Until the machine's next start it may report a write that failed.
-    pub fn expect_power_cut(&mut self) {
+    /// Until it makes progress again the machine may report a write that failed: its shim may start it on a disk that is gone.
+    pub(crate) fn expect_power_cut(&mut self) {
         self.dying = true;
     }
 
     /// Lines acknowledged and starts so far.
-    pub fn totals(&self) -> (u64, u64) {
+    pub(crate) fn totals(&self) -> (u64, u64) {
         (self.last, self.starts)
     }
 }

@@ -14,14 +14,14 @@ use std::time::{Duration, Instant};
 use decant_network::Lab;
 use serde_json::Value;
 
-pub use acks::Acks;
-pub use worker::Worker;
+pub(crate) use acks::Acks;
+pub(crate) use worker::Worker;
 
 /// How long anything may take that takes a second at most on an idle machine.
-pub const PATIENCE: Duration = Duration::from_secs(45);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(45);
 
 /// The machine's and its volume's name.
-pub const MACHINE: &str = "counter";
+pub(crate) const MACHINE: &str = "counter";
 
 const RUNNER: &str = r#"
 exec 8>/outside/acks
@@ -44,16 +44,16 @@ done
 "#;
 
 /// The whole of it.
-pub struct Fleet {
-    pub workers: Vec<Worker>,
-    pub acks: Acks,
+pub(crate) struct Fleet {
+    pub(crate) workers: Vec<Worker>,
+    pub(crate) acks: Acks,
     // After the workers: their processes end before their namespaces and files go.
     _lab: std::sync::Arc<Lab>,
     _directory: Directory,
 }
 
 /// Whether this machine can run a fleet; says why not, as `SKIP <test>: <why>`.
-pub fn can_run(test: &str) -> bool {
+pub(crate) fn can_run(test: &str) -> bool {
     let why = if !rustix::process::geteuid().is_root() {
         "needs root"
     } else if !Path::new("/dev/fuse").exists() {
@@ -70,7 +70,7 @@ pub fn can_run(test: &str) -> bool {
 impl Fleet {
     /// Makes workers 1 and 2 with a fresh authority, worker 1 with 16 MiB headers and worker 2 with 4 MiB ones, and starts the
     /// machine with a volume of 64 MiB on worker 1.
-    pub fn start(name: &str) -> Self {
+    pub(crate) fn start(name: &str) -> Self {
         let directory = Directory::make(name);
         let lab = std::sync::Arc::new(Lab::create(name, 2).expect("network namespaces"));
         let acks = Acks::listen(&directory.path, RUNNER);
@@ -94,7 +94,7 @@ impl Fleet {
 
     /// Waits until exactly one worker owns the machine and says it runs, no migration is under way anywhere and no copy is
     /// waited for; returns that worker's position.
-    pub fn settle(&mut self, when: &str) -> usize {
+    pub(crate) fn settle(&mut self, when: &str) -> usize {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let views: Vec<Result<View, String>> = self.workers.iter_mut().map(view).collect();
@@ -139,12 +139,12 @@ fn view(worker: &mut Worker) -> Result<View, String> {
 }
 
 /// The program under test.
-pub fn decant() -> Command {
+pub(crate) fn decant() -> Command {
     Command::new(env!("CARGO_BIN_EXE_decant"))
 }
 
 /// Runs `command`, which must succeed.
-pub fn run(command: &mut Command) -> String {
+pub(crate) fn run(command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     assert!(output.status.success(), "{command:?}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
     String::from_utf8_lossy(&output.stdout).into_owned()

@@ -14,16 +14,17 @@ use serde_json::Value;
 
 use super::{PATIENCE, decant, run};
 
-pub struct Worker {
+pub(crate) struct Worker {
     index: u32,
     lab: Arc<Lab>,
     directory: PathBuf,
     agent: Option<Child>,
+    boots: u32,
 }
 
 impl Worker {
     /// Its state lies on a file system of its own, so that its power can be cut.
-    pub fn make(index: u32, lab: &Arc<Lab>, below: &Path) -> Self {
+    pub(crate) fn make(index: u32, lab: &Arc<Lab>, below: &Path) -> Self {
         let name = format!("worker-{index}");
         let directory = below.join(&name);
         std::fs::create_dir_all(directory.join("state")).expect("a directory");
@@ -61,8 +62,8 @@ address = "[{peer_address}]:7070"
             peer_address = lab.address(peer),
         );
         std::fs::write(directory.join("worker.toml"), config).expect("a configuration");
-        let worker = Self { index, lab: Arc::clone(lab), directory, agent: None };
-        worker.mount();
+        let mut worker = Self { index, lab: Arc::clone(lab), directory, agent: None, boots: 0 };
+        worker.boot();
         worker
     }
 
@@ -74,19 +75,26 @@ address = "[{peer_address}]:7070"
         Self::run_dir(&self.lab, self.index).join("agent.sock")
     }
 
-    fn mount(&self) {
-        run(Command::new("mount")
-            .args(["-o", "loop"])
-            .arg(self.directory.join("disk.img"))
-            .arg(self.directory.join("state")));
+    fn boot(&mut self) {
+        self.boots += 1;
+        let id = format!("00000000-0000-4000-8000-{:06}{:06}\n", self.index, self.boots);
+        std::fs::write(self.directory.join("boot_id"), id).expect("a boot id");
+        let (disk, state) = (self.directory.join("disk.img"), self.directory.join("state"));
+        run(Command::new("mount").args(["-o", "loop"]).arg(disk).arg(state));
     }
 
     /// Starts the agent with these variables and waits until it answers, unless a crash point is meant to come first.
-    pub fn start_agent(&mut self, environment: &[(&str, &str)]) {
+    pub(crate) fn start_agent(&mut self, environment: &[(&str, &str)]) {
         assert!(self.agent.is_none(), "worker-{} has an agent", self.index);
         let log = std::fs::File::options().create(true).append(true).open(self.directory.join("agent.log"));
         let log = log.expect("a log");
-        let mut command = decant();
+        // In a mount namespace of its own, where the kernel's boot id is this worker's: a power cut changes it.
+        let mut command = Command::new("unshare");
+        let script =
+            r#"umount -l "$1"; mount --bind "$2" /proc/sys/kernel/random/boot_id || exit 9; shift 2; exec "$@""#;
+        command.args(["--mount", "/bin/sh", "-c", script, "sh"]);
+        command.arg(self.directory.with_file_name(format!("worker-{}", 3 - self.index)).join("state"));
+        command.arg(self.directory.join("boot_id")).arg(env!("CARGO_BIN_EXE_decant"));
         command.args(["agent", "--config"]).arg(self.directory.join("worker.toml"));
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("a log")).stderr(log);
         command.envs(environment.iter().copied());
@@ -94,7 +102,7 @@ address = "[{peer_address}]:7070"
     }
 
     /// Waits until the agent answers.
-    pub fn await_agent(&mut self) {
+    pub(crate) fn await_agent(&mut self) {
         let end = Instant::now() + PATIENCE;
         while let Err(error) = self.api("/v1/machines?scope=local") {
             assert!(Instant::now() < end, "worker-{}: {error}\n{}", self.index, self.tail_of_logs());
@@ -106,7 +114,7 @@ address = "[{peer_address}]:7070"
     }
 
     /// Ends the agent as a service manager would.
-    pub fn end_agent(&mut self) {
+    pub(crate) fn end_agent(&mut self) {
         if let Some(mut agent) = self.agent.take() {
             let _ = rustix::process::kill_process(pid_of(&agent), Signal::TERM);
             let status = agent.wait().expect("wait");
@@ -115,7 +123,7 @@ address = "[{peer_address}]:7070"
     }
 
     /// Kills the agent; it may be standing still at a crash point.
-    pub fn kill_agent(&mut self) {
+    pub(crate) fn kill_agent(&mut self) {
         if let Some(mut agent) = self.agent.take() {
             let _ = agent.kill();
             let _ = agent.wait();
@@ -123,7 +131,7 @@ address = "[{peer_address}]:7070"
     }
 
     /// Waits until the agent answers (false) or stands still at its crash point (true).
-    pub fn answers_or_stands_still(&mut self) -> bool {
+    pub(crate) fn answers_or_stands_still(&mut self) -> bool {
         let end = Instant::now() + PATIENCE;
         while Instant::now() < end {
             if self.stands_still() {
@@ -138,7 +146,7 @@ address = "[{peer_address}]:7070"
     }
 
     /// Waits until the agent stands still at its crash point.
-    pub fn await_standstill(&mut self) -> bool {
+    pub(crate) fn await_standstill(&mut self) -> bool {
         let end = Instant::now() + PATIENCE;
         while Instant::now() < end {
             if self.stands_still() {
@@ -160,17 +168,17 @@ address = "[{peer_address}]:7070"
     }
 
     /// Lets an agent that stands still go on.
-    pub fn resume_agent(&self) {
+    pub(crate) fn resume_agent(&self) {
         let _ = rustix::process::kill_process(pid_of(self.agent.as_ref().expect("an agent")), Signal::CONT);
     }
 
     /// Kills every volume process of this worker; how many there were.
-    pub fn kill_volume_processes(&self) -> usize {
+    pub(crate) fn kill_volume_processes(&self) -> usize {
         self.kill_those(|command| command.split(|&byte| byte == 0).nth(1) == Some(b"volume"))
     }
 
     /// Cuts the power: what was not synced to the worker's disk is gone, every process of it too, and its run directory.
-    pub fn cut_power(&mut self) {
+    pub(crate) fn cut_power(&mut self) {
         let state = self.directory.join("state");
         let directory = std::fs::File::open(&state).expect("the state directory");
         let without_log_flush: u32 = 2;
@@ -186,7 +194,7 @@ address = "[{peer_address}]:7070"
             wait_a_moment();
         }
         clear_run_dir(&Self::run_dir(&self.lab, self.index));
-        self.mount();
+        self.boot();
     }
 
     /// Kills every process of this worker: all that is in its network namespace or in one of its machines', until none is left.
@@ -224,7 +232,7 @@ address = "[{peer_address}]:7070"
     }
 
     /// Runs a command line against this worker's agent.
-    pub fn decant(&mut self, arguments: &[&str]) -> Result<Value, String> {
+    pub(crate) fn decant(&mut self, arguments: &[&str]) -> Result<Value, String> {
         self.await_agent();
         let output = self.command(arguments).output().expect("decant");
         let text = String::from_utf8_lossy(&output.stdout);
@@ -236,14 +244,14 @@ address = "[{peer_address}]:7070"
     }
 
     /// A command line against this worker's agent.
-    pub fn command(&self, arguments: &[&str]) -> Command {
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = decant();
         command.args(["-o", "json", "--socket"]).arg(self.socket()).args(arguments);
         command
     }
 
     /// One GET, without waiting for the agent.
-    pub fn api(&mut self, path: &str) -> Result<Value, String> {
+    pub(crate) fn api(&mut self, path: &str) -> Result<Value, String> {
         self.api_within(path, Duration::from_secs(5))
     }
 
@@ -262,12 +270,12 @@ address = "[{peer_address}]:7070"
     }
 
     /// The names of crash points that were passed, from a trace.
-    pub fn trace_path(&self) -> PathBuf {
+    pub(crate) fn trace_path(&self) -> PathBuf {
         self.directory.join("trace")
     }
 
     /// The end of what the agent said.
-    pub fn tail_of_logs(&self) -> String {
+    pub(crate) fn tail_of_logs(&self) -> String {
         let text = std::fs::read_to_string(self.directory.join("agent.log")).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
         format!("--- worker-{}\n{}", self.index, lines[lines.len().saturating_sub(40)..].join("\n"))
