@@ -128,7 +128,8 @@ fn started(drain: &Drain) -> String {
     if count == 0 {
         return format!("drain {} has started", drain.drain);
     }
-    let total: u64 = drain.machines.iter().filter_map(|machine| machine.planned.as_ref()).map(|plan| plan.bytes.0).sum();
+    let total: u64 =
+        drain.machines.iter().filter_map(|machine| machine.planned.as_ref()).map(|plan| plan.bytes.0).sum();
     let machines = if count == 1 { "machine" } else { "machines" };
     format!("drain {} has started: {count} {machines}, {} allocated", drain.drain, bytes(total))
 }

@@ -46,6 +46,7 @@ pub(crate) struct Verdict {
 }
 
 impl Verdict {
+    #[cfg(test)]
     /// Whether ledger and database agree.
     pub(crate) fn is_clean(&self) -> bool {
         self.lost == 0 && self.duplicated == 0 && self.invented == 0

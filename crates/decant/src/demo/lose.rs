@@ -70,10 +70,11 @@ pub(crate) fn source(args: &DemoArgs, interrupt: &Interrupt) -> anyhow::Result<E
     let (load, migration) = half_moved(&stage)?;
     say("worker-1 burns down: cut off, killed, its files removed");
     stage.site.lose(1)?;
-    let mut cases = vec![wait_case(&stage, &load)?];
-    say(cases[0].text());
+    let (case, waiting) = wait_case(&stage, &load)?;
+    say(case.text());
+    let mut cases = vec![case];
     set(&stage, &migration, MigrationSettings { policy: Some(MissingPolicy::Eio), ..Default::default() })?;
-    cases.push(eio_case(&stage, &load)?);
+    cases.push(eio_case(&stage, &load, waiting)?);
     say(cases[1].text());
     let began = Instant::now();
     stage.machine_action(2, ORDERS, "stop").context("stopping a machine with missing blocks")?;
@@ -209,78 +210,87 @@ fn read_block(device: &Path, offset: u64) -> anyhow::Result<Child> {
     child.context("running dd")
 }
 
-/// Under `wait`, a read of a missing block neither returns nor fails.
-fn wait_case(stage: &Stage<'_>, load: &Load) -> anyhow::Result<Case> {
+/// Under `wait`, a read of a missing block neither returns nor fails. The reads are left waiting for the next case: the
+/// kernel lets nobody give up a direct read.
+fn wait_case(stage: &Stage<'_>, load: &Load) -> anyhow::Result<(Case, Vec<Child>)> {
     let written = load.acknowledged();
     stage.interrupt.sleep(WATCH)?;
     let (clone, device) = clone_status(stage)?;
-    // A few: each waiting read holds a tag of the loop device.
+    // A few: each waiting read holds one of the loop device's tags.
     let offsets: Vec<u64> = probes(&clone).into_iter().step_by(8).take(8).collect();
-    let mut readers = offsets.iter().map(|offset| read_block(&device, *offset)).collect::<Result<Vec<_>, _>>()?;
-    let result = stage.interrupt.sleep(WATCH);
-    let (mut waited, mut failed, mut returned) = (0, 0, 0);
-    for reader in &mut readers {
+    let readers = offsets.iter().map(|offset| read_block(&device, *offset)).collect::<Result<Vec<_>, _>>()?;
+    stage.interrupt.sleep(WATCH)?;
+    let mut tally = Tally { probed: readers.len() as u64, ..Tally::default() };
+    let mut waiting = Vec::new();
+    for mut reader in readers {
         match reader.try_wait()? {
             None => {
-                waited += 1;
-                reader.kill()?;
-                reader.wait()?;
+                tally.waited += 1;
+                waiting.push(reader);
             }
-            Some(status) if status.success() => returned += 1,
-            Some(_) => failed += 1,
+            Some(status) => tally.count(status),
         }
     }
-    result?;
-    Ok(Case {
-        policy: "wait",
-        machine: machine_state(stage)?,
-        missing_bytes: clone.bytes_missing,
-        missing_ranges: clone.missing.iter().count(),
-        zero_reads: returned,
-        probed: readers.len() as u64,
-        waited,
-        failed,
-        writes_acknowledged: load.acknowledged() - written,
-    })
+    Ok((case(stage, "wait", &clone, &tally, load.acknowledged() - written)?, waiting))
 }
 
-/// Under `eio`, a read of a missing block fails.
-fn eio_case(stage: &Stage<'_>, load: &Load) -> anyhow::Result<Case> {
+/// Under `eio`, a read of a missing block fails, and so do those that waited.
+fn eio_case(stage: &Stage<'_>, load: &Load, mut readers: Vec<Child>) -> anyhow::Result<Case> {
     let written = load.acknowledged();
     let (clone, device) = clone_status(stage)?;
-    let (mut probed, mut waited, mut failed, mut returned) = (0, 0, 0, 0);
     for offset in probes(&clone) {
-        let mut reader = read_block(&device, offset)?;
-        let deadline = Instant::now() + WATCH;
-        let status = loop {
-            match reader.try_wait()? {
-                Some(status) => break Some(status),
-                None if Instant::now() > deadline => break None,
-                None => std::thread::sleep(Duration::from_millis(2)),
-            }
-        };
-        probed += 1;
-        match status {
-            None => {
-                waited += 1;
-                reader.kill()?;
-                reader.wait()?;
-            }
-            Some(status) if status.success() => returned += 1,
-            Some(_) => failed += 1,
-        }
-        stage.interrupt.check()?;
+        readers.push(read_block(&device, offset)?);
     }
+    let mut tally = Tally { probed: readers.len() as u64, ..Tally::default() };
+    let deadline = Instant::now() + WATCH + WATCH;
+    for mut reader in readers {
+        loop {
+            match reader.try_wait()? {
+                Some(status) => break tally.count(status),
+                None if Instant::now() > deadline => break tally.waited += 1,
+                None => stage.interrupt.sleep(Duration::from_millis(2))?,
+            }
+        }
+    }
+    case(stage, "eio", &clone, &tally, load.acknowledged() - written)
+}
+
+/// How direct reads of missing blocks went.
+#[derive(Debug, Default)]
+struct Tally {
+    probed: u64,
+    waited: u64,
+    failed: u64,
+    returned: u64,
+}
+
+impl Tally {
+    fn count(&mut self, status: std::process::ExitStatus) {
+        if status.success() {
+            self.returned += 1;
+        } else {
+            self.failed += 1;
+        }
+    }
+}
+
+fn case(
+    stage: &Stage<'_>,
+    policy: &'static str,
+    clone: &CloneStatus,
+    tally: &Tally,
+    written: u64,
+) -> anyhow::Result<Case> {
     Ok(Case {
-        policy: "eio",
+        policy,
         machine: machine_state(stage)?,
         missing_bytes: clone.bytes_missing,
         missing_ranges: clone.missing.iter().count(),
-        zero_reads: returned,
-        probed,
-        waited,
-        failed,
-        writes_acknowledged: load.acknowledged() - written,
+        zero_reads: tally.returned,
+        probed: tally.probed,
+        waited: tally.waited,
+        failed: tally.failed,
+        writes_acknowledged: written,
     })
 }
 

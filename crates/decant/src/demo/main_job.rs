@@ -113,8 +113,7 @@ fn move_orders(stage: &mut Stage<'_>, from: u32, to: u32, first: u64) -> anyhow:
     figures.interruption_ms = gap.millis();
     figures.used_bytes = used_bytes;
     figures.bytes_moved = bytes_moved;
-    let live = drained.destination.progress.or(drained.source.progress).map_or(0, |progress| progress.bytes_total);
-    figures.discarded_bytes = before.allocated.0.saturating_sub(live);
+    figures.discarded_bytes = before.allocated.0.saturating_sub(used_bytes);
     figures.read_p50_us = p50;
     figures.read_p99_us = p99;
     figures.brownout_ms = brownout_ms(&log.reads, gap, p99.before);

@@ -52,7 +52,7 @@ pub(crate) struct DemoArgs {
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
     moves: u32,
     /// Rate and one-way delay of the workers' links, e.g. 200mbit,5ms.
-    #[arg(long, value_name = "RATE,DELAY")]
+    #[arg(long, value_name = "RATE,DELAY", conflicts_with_all = ["keep", "lose_source", "lose_destination"])]
     link: Option<Link>,
     /// The block protocol between workers.
     #[arg(long, value_enum, default_value_t)]
