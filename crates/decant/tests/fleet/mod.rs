@@ -150,7 +150,7 @@ pub(crate) fn run(command: &mut Command) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// A directory below /var/tmp, which is on a disk, named by run; unmounted and removed at the end, and at the start of the next run.
+/// A directory below /var/tmp, which is on a disk, named by run; removed at the end, and at the start of the next run.
 struct Directory {
     path: PathBuf,
 }
@@ -173,8 +173,5 @@ impl Drop for Directory {
 }
 
 fn clear(path: &Path) {
-    for worker in 1..=2 {
-        let _ = Command::new("umount").arg("-q").arg("-l").arg(path.join(format!("worker-{worker}/state"))).output();
-    }
     let _ = std::fs::remove_dir_all(path);
 }

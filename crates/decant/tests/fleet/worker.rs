@@ -79,8 +79,6 @@ address = "[{peer_address}]:7070"
         self.boots += 1;
         let id = format!("00000000-0000-4000-8000-{:06}{:06}\n", self.index, self.boots);
         std::fs::write(self.directory.join("boot_id"), id).expect("a boot id");
-        let (disk, state) = (self.directory.join("disk.img"), self.directory.join("state"));
-        run(Command::new("mount").args(["-o", "loop"]).arg(disk).arg(state));
     }
 
     /// Starts the agent with these variables and waits until it answers, unless a crash point is meant to come first.
@@ -88,13 +86,13 @@ address = "[{peer_address}]:7070"
         assert!(self.agent.is_none(), "worker-{} has an agent", self.index);
         let log = std::fs::File::options().create(true).append(true).open(self.directory.join("agent.log"));
         let log = log.expect("a log");
-        // In a mount namespace of its own, where the kernel's boot id is this worker's: a power cut changes it.
+        // In a mount namespace of its own, where the worker's disk is mounted and the kernel's boot id is this worker's. Nobody
+        // else ever sees the disk, so that it is gone with the last of the worker's processes.
         let mut command = Command::new("unshare");
-        let script =
-            r#"umount -l "$1"; mount --bind "$2" /proc/sys/kernel/random/boot_id || exit 9; shift 2; exec "$@""#;
-        command.args(["--mount", "/bin/sh", "-c", script, "sh"]);
-        command.arg(self.directory.with_file_name(format!("worker-{}", 3 - self.index)).join("state"));
-        command.arg(self.directory.join("boot_id")).arg(env!("CARGO_BIN_EXE_decant"));
+        let script = r#"mount -o loop "$1" "$2" && mount --bind "$3" /proc/sys/kernel/random/boot_id || exit 9
+            shift 3; exec "$@""#;
+        command.args(["--mount", "/bin/sh", "-c", script, "sh"]).arg(self.directory.join("disk.img"));
+        command.arg(self.directory.join("state")).arg(self.directory.join("boot_id")).arg(env!("CARGO_BIN_EXE_decant"));
         command.args(["agent", "--config"]).arg(self.directory.join("worker.toml"));
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("a log")).stderr(log);
         command.envs(environment.iter().copied());
@@ -179,8 +177,11 @@ address = "[{peer_address}]:7070"
 
     /// Cuts the power: what was not synced to the worker's disk is gone, every process of it too, and its run directory.
     pub(crate) fn cut_power(&mut self) {
+        // Relative to the agent's root, because the disk is mounted in its namespace only.
+        let agent = self.agent.as_ref().expect("an agent").id();
         let state = self.directory.join("state");
-        let directory = std::fs::File::open(&state).expect("the state directory");
+        let seen = format!("/proc/{agent}/root{}", state.display());
+        let directory = std::fs::File::open(&seen).expect("the state directory");
         let without_log_flush: u32 = 2;
         // SAFETY: EXT4_IOC_SHUTDOWN (fs/ext4/ioctl.c) reads one u32.
         let done = unsafe { libc::ioctl(directory.as_raw_fd(), 0x8004_587d, &raw const without_log_flush) };
@@ -189,8 +190,8 @@ address = "[{peer_address}]:7070"
         self.kill_agent();
         self.kill_everything();
         let end = Instant::now() + PATIENCE;
-        while !Command::new("umount").arg(&state).output().expect("umount").status.success() {
-            assert!(Instant::now() < end, "{} stays busy", state.display());
+        while !run(Command::new("losetup").arg("--associated").arg(self.directory.join("disk.img"))).trim().is_empty() {
+            assert!(Instant::now() < end, "{} stays mounted somewhere", state.display());
             wait_a_moment();
         }
         clear_run_dir(&Self::run_dir(&self.lab, self.index));
@@ -286,7 +287,6 @@ impl Drop for Worker {
     fn drop(&mut self) {
         self.kill_agent();
         self.kill_everything();
-        let _ = Command::new("umount").arg("-q").arg("-l").arg(self.directory.join("state")).output();
     }
 }
 
