@@ -458,3 +458,56 @@ fn a_destination_that_dies_at_any_point_of_its_map_loses_nothing() {
         assert!(died == 1, "{point}: the point was not passed");
     }
 }
+
+#[test]
+fn sectors_of_512_bytes_move_and_keep_what_is_written_on_the_way() {
+    if cannot_run("sectors_of_512_bytes_move_and_keep_what_is_written_on_the_way") {
+        return;
+    }
+    let world = World::new();
+    let source = world.worker("sectors-from", Bytes::mib(4));
+    let destination = world.worker("sectors-to", Bytes::mib(16));
+    let made = source.perform(Command::Create { volume: volume("v"), size: Bytes::mib(16), sector_size: 512 });
+    assert_eq!(made, Ok(Outcome::Done));
+    let direct = |device: &PathBuf| {
+        std::fs::File::options().read(true).write(true).custom_flags(libc::O_DIRECT).open(device).unwrap()
+    };
+    // Raw: no file system here tells what is free.
+    let mut model = content()[..4 << 20].to_vec();
+    let mut buffer = vec![0; model.len() + 4096];
+    let start = buffer.as_ptr().align_offset(4096);
+    let aligned = &mut buffer[start..start + (4 << 20)];
+    aligned.copy_from_slice(&model);
+    let device = direct(&source.attach("v"));
+    device.write_all_at(aligned, 0).unwrap();
+    drop(device);
+
+    let opened = open_export(&source, &destination, "m-1");
+    assert_eq!(opened.geometry.sector_size, 512);
+    prepare(&destination, &opened, "m-1").unwrap();
+    let path = assemble(&destination, &opened, "m-1");
+    let sealed = seal(&source, &destination, "m-1").unwrap();
+    begin(&destination, &opened, &sealed, "m-1");
+    let device = direct(&path);
+    for n in 0..200u64 {
+        let at = (n * 37 % 1024) * 4096 + n % 8 * 512;
+        aligned[..512].fill(n as u8);
+        device.write_all_at(&aligned[..512], at).unwrap();
+        model[at as usize..][..512].fill(n as u8);
+    }
+    device.sync_all().unwrap();
+    destination.kill_volume("v");
+    let compare = |aligned: &mut [u8], device: &std::fs::File| {
+        device.read_exact_at(aligned, 0).unwrap();
+        let differs = aligned.chunks(512).zip(model.chunks(512)).position(|(is, should)| is != should);
+        assert_eq!(differs, None, "the first sector that differs");
+    };
+    compare(aligned, &device);
+    verified(&destination, "m-1");
+    compare(aligned, &device);
+    drop(device);
+    destination.detach("v");
+    compare(aligned, &direct(&destination.attach("v")));
+    destination.detach("v");
+    destination.assert_nothing_left("v");
+}
