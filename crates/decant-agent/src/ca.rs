@@ -132,3 +132,38 @@ fn write_new(path: &Path, text: &str) -> Result<(), CaError> {
 fn file(action: &'static str, path: &Path, source: std::io::Error) -> CaError {
     CaError::File { action, path: path.to_owned(), source }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+    use crate::tls::{Identity, TlsError, TlsFiles};
+
+    fn id(name: &str) -> WorkerId {
+        WorkerId::new(name).expect("a label")
+    }
+
+    #[test]
+    fn files_are_private_never_overwritten_and_name_their_worker() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let today = jiff::civil::date(2026, 1, 31);
+        let authority = init(directory.path(), today).expect("an authority");
+        let addresses = ["fdde::1".parse().expect("an address")];
+        let made = issue(directory.path(), directory.path(), &id("worker-1"), &addresses, (today, 30)).expect("issued");
+        for file in [&authority.cert, &authority.key, &made.cert, &made.key] {
+            assert_eq!(std::fs::metadata(file).expect("a file").permissions().mode() & 0o777, 0o600, "{file:?}");
+        }
+        let before = std::fs::read(&made.key).expect("a key");
+        assert!(matches!(init(directory.path(), today), Err(CaError::Exists { .. })));
+        let again = issue(directory.path(), directory.path(), &id("worker-1"), &[], (today, 30));
+        assert!(matches!(again, Err(CaError::Exists { .. })));
+        assert_eq!(std::fs::read(&made.key).expect("a key"), before);
+
+        let files = TlsFiles { ca: authority.cert, cert: made.cert, key: made.key.clone() };
+        assert_eq!(Identity::load(&files, &id("worker-1")).expect("it is worker-1's").fingerprint.len(), 64);
+        assert!(matches!(Identity::load(&files, &id("worker-2")), Err(TlsError::NotOurs { .. })));
+        std::fs::set_permissions(&made.key, std::fs::Permissions::from_mode(0o640)).expect("set");
+        assert!(matches!(Identity::load(&files, &id("worker-1")), Err(TlsError::Exposed { .. })));
+    }
+}
