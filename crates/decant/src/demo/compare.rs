@@ -4,7 +4,7 @@
 //! ready before; the copy of a running database is a consistent one.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::chown;
 use std::path::Path;
@@ -127,12 +127,11 @@ fn copy_boot_kill(stage: &Stage<'_>) -> anyhow::Result<(Order, u64)> {
     stage.remove_machine(2, HOLDER)?;
     stage.run_orders(2, COPY, Some(COPY))?;
     // The copy serves. Now, and only now, the original is killed.
-    stage.machine_action(1, ORDERS, "stop")?;
+    stage.stop_machine(1, ORDERS)?;
     let log = load.finish()?;
     let verdict = judge(stage, 2, COPY, &log, 0)?;
     stage.remove_machine(2, COPY)?;
-    stage.machine_action(1, ORDERS, "start")?;
-    stage.wait_running(1, ORDERS)?;
+    stage.start_machine(1, ORDERS)?;
     // The copy served before the original was killed, so clients that follow at once see no gap.
     Ok((order(None, &verdict), log.sent))
 }
@@ -176,24 +175,42 @@ fn run_holder(stage: &Stage<'_>, worker: u32, machine: &str, volume: &str) -> an
 fn send(stage: &Stage<'_>, from: u32, to: u32, source: &Path, destination: &Path) -> anyhow::Result<()> {
     let address = SocketAddr::from((stage.site.lab().address(to), COPY_PORT));
     let listener = stage.site.lab().enter(to, || TcpListener::bind(address)).context("listening for the copy")?;
-    let length = fs::metadata(source)?.len();
-    let received = std::thread::scope(|scope| -> io::Result<u64> {
+    let (sent, received) = std::thread::scope(|scope| -> io::Result<(u64, u64)> {
         let receiver = scope.spawn(|| -> io::Result<u64> {
             let (mut stream, _) = listener.accept()?;
             let mut file = File::create(destination)?;
-            let count = io::copy(&mut stream, &mut file)?;
+            let count = pour(&mut stream, &mut file)?;
             file.sync_all()?;
             Ok(count)
         });
         let mut stream = stage.site.lab().enter(from, || TcpStream::connect(address))?;
-        io::copy(&mut File::open(source)?, &mut stream)?;
+        let sent = pour(&mut File::open(source)?, &mut stream)?;
         stream.shutdown(std::net::Shutdown::Write)?;
-        drop(stream);
-        receiver.join().unwrap_or_else(|_| Err(io::Error::other("the receiver panicked")))
-    });
-    let received = received.with_context(|| format!("copying {}", source.display()))?;
-    ensure!(received == length, "the copy of {} is cut short", source.display());
+        let received = receiver.join().unwrap_or_else(|_| Err(io::Error::other("the receiver panicked")))?;
+        Ok((sent, received))
+    })
+    .with_context(|| format!("copying {}", source.display()))?;
+    let length = fs::metadata(source)?.len();
+    ensure!(
+        sent == length && received == length,
+        "of the {length} bytes of {} {sent} were sent and {received} received",
+        source.display()
+    );
     chown(destination, Some(NOBODY), Some(NOBODY)).context("giving the copy to the machine's user")
+}
+
+/// Copies to the end; how many bytes.
+fn pour(from: &mut impl Read, to: &mut impl Write) -> io::Result<u64> {
+    let mut chunk = vec![0; 1 << 20];
+    let mut total = 0;
+    loop {
+        let count = from.read(&mut chunk)?;
+        if count == 0 {
+            return Ok(total);
+        }
+        to.write_all(&chunk[..count])?;
+        total += count as u64;
+    }
 }
 
 /// What of this log the database has. Orders below `first` were judged before.

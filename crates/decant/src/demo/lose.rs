@@ -25,6 +25,8 @@ const RATE: Bytes = Bytes::mib(8);
 const WATCH: Duration = Duration::from_secs(2);
 /// How long anything may take that should come soon.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How long the destination may take to notice that its origin is gone.
+const SILENCE: Duration = Duration::from_secs(60);
 /// Writes that the client gets acknowledged before and after the move.
 const SAMPLES: u64 = 200;
 /// Missing blocks that are read directly from the device.
@@ -77,7 +79,7 @@ pub(crate) fn source(args: &DemoArgs, interrupt: &Interrupt) -> anyhow::Result<E
     cases.push(eio_case(&stage, &load, waiting)?);
     say(cases[1].text());
     let began = Instant::now();
-    stage.machine_action(2, ORDERS, "stop").context("stopping a machine with missing blocks")?;
+    stage.stop_machine(2, ORDERS).context("stopping a machine with missing blocks")?;
     say(format_args!("the machine could be stopped, in {} ms", began.elapsed().as_millis()));
     let log = load.finish()?;
     let wrong: u64 = cases.iter().map(|case| case.zero_reads).sum::<u64>() + log.wrong_reads;
@@ -234,8 +236,20 @@ fn wait_case(stage: &Stage<'_>, load: &Load) -> anyhow::Result<(Case, Vec<Child>
     Ok((case(stage, "wait", &clone, &tally, load.acknowledged() - written)?, waiting))
 }
 
+/// Waits until the destination knows that its origin does not answer: a connection that was cut says nothing, so this takes
+/// as long as the origin may be silent.
+fn wait_disconnected(stage: &Stage<'_>) -> anyhow::Result<()> {
+    let deadline = Instant::now() + SILENCE;
+    while clone_status(stage)?.0.connected {
+        ensure!(Instant::now() < deadline, "the destination does not notice that its origin is gone");
+        stage.interrupt.sleep(Duration::from_millis(50))?;
+    }
+    Ok(())
+}
+
 /// Under `eio`, a read of a missing block fails, and so do those that waited.
 fn eio_case(stage: &Stage<'_>, load: &Load, mut readers: Vec<Child>) -> anyhow::Result<Case> {
+    wait_disconnected(stage)?;
     let written = load.acknowledged();
     let (clone, device) = clone_status(stage)?;
     for offset in probes(&clone) {

@@ -180,8 +180,29 @@ impl<'a> Stage<'a> {
         }
     }
 
-    /// Does `action` (`stop`, `start`) to a machine.
-    pub(crate) fn machine_action(&self, worker: u32, machine: &str, action: &str) -> anyhow::Result<()> {
+    /// Starts a stopped machine and waits until it serves.
+    pub(crate) fn start_machine(&self, worker: u32, machine: &str) -> anyhow::Result<()> {
+        self.machine_action(worker, machine, "start")?;
+        self.wait_running(worker, machine)
+    }
+
+    /// Stops a machine and waits until it is down.
+    pub(crate) fn stop_machine(&self, worker: u32, machine: &str) -> anyhow::Result<()> {
+        self.machine_action(worker, machine, "stop")?;
+        let mut agent = self.site.worker(worker).agent();
+        let at = path::machine(&machine_id(machine));
+        let deadline = Instant::now() + SERVE_PATIENCE;
+        loop {
+            let seen: Machine = agent.get(&at).map_err(refused("looking at the machine"))?;
+            if seen.state == MachineState::Stopped {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "machine {machine} does not stop: {:?} {:?}", seen.state, seen.why);
+            self.interrupt.sleep(Duration::from_millis(5))?;
+        }
+    }
+
+    fn machine_action(&self, worker: u32, machine: &str, action: &str) -> anyhow::Result<()> {
         let at = path::machine_action(&machine_id(machine), action);
         let _: Machine = self.site.worker(worker).agent().post(&at, &Empty {}).map_err(refused(action))?;
         Ok(())
@@ -189,7 +210,7 @@ impl<'a> Stage<'a> {
 
     /// Stops and removes a machine; its volume stays.
     pub(crate) fn remove_machine(&self, worker: u32, machine: &str) -> anyhow::Result<()> {
-        self.machine_action(worker, machine, "stop")?;
+        self.stop_machine(worker, machine)?;
         let at = path::machine(&machine_id(machine));
         self.site.worker(worker).agent().delete(&at).map_err(refused("removing the machine"))?;
         Ok(())
