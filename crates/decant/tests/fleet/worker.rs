@@ -172,7 +172,7 @@ address = "[{peer_address}]:7070"
 
     /// Kills every volume process of this worker; how many there were.
     pub(crate) fn kill_volume_processes(&self) -> usize {
-        self.kill_those(|command| command.split(|&byte| byte == 0).nth(1) == Some(b"volume"))
+        kill_those(&self.namespaces(), |command| command.split(|&byte| byte == 0).nth(1) == Some(b"volume"))
     }
 
     /// Cuts the power: what was not synced to the worker's disk is gone, every process of it too, and its run directory.
@@ -187,7 +187,6 @@ address = "[{peer_address}]:7070"
         let done = unsafe { libc::ioctl(directory.as_raw_fd(), 0x8004_587d, &raw const without_log_flush) };
         assert_eq!(done, 0, "EXT4_IOC_SHUTDOWN: {}", std::io::Error::last_os_error());
         drop(directory);
-        self.kill_agent();
         self.kill_everything();
         let end = Instant::now() + PATIENCE;
         while !run(Command::new("losetup").arg("--associated").arg(self.directory.join("disk.img"))).trim().is_empty() {
@@ -199,37 +198,22 @@ address = "[{peer_address}]:7070"
     }
 
     /// Kills every process of this worker: all that is in its network namespace or in one of its machines', until none is left.
-    fn kill_everything(&self) {
+    fn kill_everything(&mut self) {
+        let namespaces = self.namespaces();
+        self.kill_agent();
         let end = Instant::now() + PATIENCE;
-        while self.kill_those(|_| true) > 0 {
+        while kill_those(&namespaces, |_| true) > 0 {
             assert!(Instant::now() < end, "processes of worker-{} do not end", self.index);
             wait_a_moment();
         }
     }
 
-    /// Kills the processes in the worker's namespaces whose command line `chosen` accepts; how many there were.
-    fn kill_those(&self, chosen: impl Fn(&[u8]) -> bool) -> usize {
-        let inode = |path: &Path| std::fs::metadata(path).map(|meta| std::os::unix::fs::MetadataExt::ino(&meta)).ok();
-        let machines =
-            std::fs::read_dir(Self::run_dir(&self.lab, self.index).join("netns")).into_iter().flatten().flatten();
-        let namespaces: Vec<u64> = machines
-            .map(|entry| entry.path())
-            .chain([self.lab.netns(self.index)])
-            .filter_map(|path| inode(&path))
-            .collect();
-        let mut killed = 0;
-        for entry in std::fs::read_dir("/proc").expect("/proc").flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw)
-            else {
-                continue;
-            };
-            let here = inode(&entry.path().join("ns/net")).is_some_and(|own| namespaces.contains(&own));
-            let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
-            if here && chosen(&command) && rustix::process::kill_process(pid, Signal::KILL).is_ok() {
-                killed += 1;
-            }
-        }
-        killed
+    /// The network namespaces of the worker and its machines, by inode. Machines' are pinned where only the agent sees them.
+    fn namespaces(&self) -> Vec<u64> {
+        let root = self.agent.as_ref().map(|agent| format!("/proc/{}/root", agent.id())).unwrap_or_default();
+        let pins = format!("{root}{}", Self::run_dir(&self.lab, self.index).join("netns").display());
+        let machines = std::fs::read_dir(pins).into_iter().flatten().flatten().map(|entry| entry.path());
+        machines.chain([self.lab.netns(self.index)]).filter_map(|path| inode(&path)).collect()
     }
 
     /// Runs a command line against this worker's agent.
@@ -285,9 +269,28 @@ address = "[{peer_address}]:7070"
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        self.kill_agent();
         self.kill_everything();
     }
+}
+
+fn inode(path: &Path) -> Option<u64> {
+    std::fs::metadata(path).map(|meta| std::os::unix::fs::MetadataExt::ino(&meta)).ok()
+}
+
+/// Kills the processes in these network namespaces whose command line `chosen` accepts; how many there were.
+fn kill_those(namespaces: &[u64], chosen: impl Fn(&[u8]) -> bool) -> usize {
+    let mut killed = 0;
+    for entry in std::fs::read_dir("/proc").expect("/proc").flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw) else {
+            continue;
+        };
+        let here = inode(&entry.path().join("ns/net")).is_some_and(|own| namespaces.contains(&own));
+        let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        if here && chosen(&command) && rustix::process::kill_process(pid, Signal::KILL).is_ok() {
+            killed += 1;
+        }
+    }
+    killed
 }
 
 fn pid_of(child: &Child) -> Pid {
