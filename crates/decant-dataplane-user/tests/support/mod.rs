@@ -73,6 +73,7 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) fn new() -> Self {
+        isolate_mounts();
         clean_up_after_killed_runs();
         let prefix = format!("{PREFIX}{}-", std::process::id());
         let directory = tempfile::Builder::new().prefix(&prefix).tempdir().unwrap();
@@ -120,6 +121,16 @@ impl World {
     }
 }
 
+/// Gives this thread, and what it starts, mounts of its own: whoever copies the host's mounts meanwhile, as `ip netns exec`
+/// does, would keep a file system of a test busy after it was unmounted.
+fn isolate_mounts() {
+    use rustix::mount::{MountPropagationFlags, mount_change};
+    use rustix::thread::{UnshareFlags, unshare_unsafe};
+    // SAFETY: a mount namespace, unlike a table of descriptors, is shared with no code that relies on it.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.unwrap();
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
+}
+
 const PREFIX: &str = "decant-plane-test-";
 
 /// What a run that was killed left: its directories are named after its process.
@@ -150,7 +161,7 @@ fn clean_up(directory: &Path) {
     }
     // After the keepers: what was mounted gives errors now, and an unmount does not wait for anybody.
     let root = directory.display().to_string();
-    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let mounts = std::fs::read_to_string("/proc/thread-self/mounts").unwrap_or_default();
     for mount in mounts.lines().filter_map(|line| line.split(' ').nth(1)).filter(|path| path.starts_with(&root)) {
         let _ = Process::new("umount").args(["-l", mount]).status();
     }
@@ -272,7 +283,9 @@ impl Worker {
         let device = self.site.device_name(&volume(name));
         let found = decant_dataplane_user::loopdev::find(|found| found == device.as_str()).unwrap();
         assert!(found.is_empty(), "loop devices are left: {found:?}");
-        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let mounts =
+            ["/proc/thread-self/mountinfo", "/proc/1/mountinfo"].map(|path| std::fs::read_to_string(path).unwrap());
+        let mounts = mounts.concat();
         assert!(!mounts.contains(&self.home.display().to_string()), "mounts are left:\n{mounts}");
         assert!(!mounts.contains(device.as_str()), "mounts are left:\n{mounts}");
     }
