@@ -12,13 +12,6 @@ pub(crate) struct Link {
     pub(crate) delay: Duration,
 }
 
-impl Link {
-    /// As the lab takes it.
-    pub(crate) fn shape(&self) -> decant_network::Shape {
-        decant_network::Shape { bits_per_s: self.bits_per_s, delay: self.delay }
-    }
-}
-
 impl FromStr for Link {
     type Err = String;
 

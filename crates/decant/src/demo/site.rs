@@ -28,6 +28,8 @@ const AGENT_PORT: u16 = 7070;
 pub(crate) const ORDERS_PORT: u16 = 8080;
 /// The proxies' port of its stateless twin.
 pub(crate) const TWIN_PORT: u16 = 8081;
+/// The proxies' port of a second copy of the order service.
+pub(crate) const SECOND_PORT: u16 = 8082;
 /// How long an agent may take to answer for the first time.
 const START_PATIENCE: Duration = Duration::from_secs(15);
 /// Free space that the demo wants beside what its volumes take.
@@ -75,7 +77,7 @@ struct Registered {
 }
 
 /// Names of volumes that the demo makes; their loop devices are cleared by name.
-const VOLUMES: [&str; 3] = ["orders-data", "orders-copy", "orders-data-2"];
+const VOLUMES: [&str; 3] = ["orders-data", "orders-copy", "orders-second"];
 
 impl Site {
     /// Makes the site under `parent`, where its volumes will take `room_bytes`, and starts its agents and proxies.
@@ -264,10 +266,10 @@ impl Drop for Site {
         if self.kept {
             return;
         }
-        if let Some(lab) = self.lab.take() {
-            if let Err(error) = lab.destroy() {
-                eprintln!("demo: {error}");
-            }
+        if let Some(lab) = self.lab.take()
+            && let Err(error) = lab.destroy()
+        {
+            eprintln!("demo: {error}");
         }
         for child in self.workers.iter_mut().flat_map(|worker| &mut worker.processes) {
             let _ = child.wait();
@@ -310,7 +312,7 @@ fn config_text(worker: &Worker, all: &[Worker], lab: &Lab, keys: &Path) -> Strin
             "[[peers]]\nworker = \"{name}\"\nworker_index = {index}\naddress = \"[{address}]:{AGENT_PORT}\"\n\n"
         ));
     }
-    for (machine, port) in [("orders", ORDERS_PORT), ("orders-twin", TWIN_PORT)] {
+    for (machine, port) in [("orders", ORDERS_PORT), ("orders-twin", TWIN_PORT), ("orders-second", SECOND_PORT)] {
         text.push_str(&format!(
             "[[proxy.services]]\nlisten = \"[::]:{port}\"\nmachine = \"{machine}\"\nport = 8080\n\n"
         ));

@@ -19,6 +19,8 @@ pub(crate) struct Worker {
     lab: Arc<Lab>,
     directory: PathBuf,
     agent: Option<Child>,
+    /// Keeps the worker's mounts while it is up.
+    host: Option<Child>,
     boots: u32,
 }
 
@@ -62,7 +64,7 @@ address = "[{peer_address}]:7070"
             peer_address = lab.address(peer),
         );
         std::fs::write(directory.join("worker.toml"), config).expect("a configuration");
-        let mut worker = Self { index, lab: Arc::clone(lab), directory, agent: None, boots: 0 };
+        let mut worker = Self { index, lab: Arc::clone(lab), directory, agent: None, host: None, boots: 0 };
         worker.boot();
         worker
     }
@@ -75,10 +77,20 @@ address = "[{peer_address}]:7070"
         Self::run_dir(&self.lab, self.index).join("agent.sock")
     }
 
+    /// Mounts the worker's disk, and a boot id of its own, in a mount namespace that only its processes are in: the disk is gone
+    /// with the last of them.
     fn boot(&mut self) {
         self.boots += 1;
         let id = format!("00000000-0000-4000-8000-{:06}{:06}\n", self.index, self.boots);
         std::fs::write(self.directory.join("boot_id"), id).expect("a boot id");
+        let script = r#"mount -o loop "$1" "$2" && mount --bind "$3" /proc/sys/kernel/random/boot_id && echo up && exec sleep infinity"#;
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "/bin/sh", "-c", script, "sh"]).arg(self.directory.join("disk.img"));
+        command.arg(self.directory.join("state")).arg(self.directory.join("boot_id")).stdout(Stdio::piped());
+        let mut host = command.spawn().expect("a mount namespace");
+        let mut word = [0; 3];
+        host.stdout.as_mut().expect("piped").read_exact(&mut word).expect("the worker's disk is mounted");
+        self.host = Some(host);
     }
 
     /// Starts the agent with these variables and waits until it answers, unless a crash point is meant to come first.
@@ -86,13 +98,9 @@ address = "[{peer_address}]:7070"
         assert!(self.agent.is_none(), "worker-{} has an agent", self.index);
         let log = std::fs::File::options().create(true).append(true).open(self.directory.join("agent.log"));
         let log = log.expect("a log");
-        // In a mount namespace of its own, where the worker's disk is mounted and the kernel's boot id is this worker's. Nobody
-        // else ever sees the disk, so that it is gone with the last of the worker's processes.
-        let mut command = Command::new("unshare");
-        let script = r#"mount -o loop "$1" "$2" && mount --bind "$3" /proc/sys/kernel/random/boot_id || exit 9
-            shift 3; exec "$@""#;
-        command.args(["--mount", "/bin/sh", "-c", script, "sh"]).arg(self.directory.join("disk.img"));
-        command.arg(self.directory.join("state")).arg(self.directory.join("boot_id")).arg(env!("CARGO_BIN_EXE_decant"));
+        let namespace = format!("--mount=/proc/{}/ns/mnt", self.host.as_ref().expect("a booted worker").id());
+        let mut command = Command::new("nsenter");
+        command.arg(namespace).arg("--").arg(env!("CARGO_BIN_EXE_decant"));
         command.args(["agent", "--config"]).arg(self.directory.join("worker.toml"));
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("a log")).stderr(log);
         command.envs(environment.iter().copied());
@@ -177,10 +185,8 @@ address = "[{peer_address}]:7070"
 
     /// Cuts the power: what was not synced to the worker's disk is gone, every process of it too, and its run directory.
     pub(crate) fn cut_power(&mut self) {
-        // Relative to the agent's root, because the disk is mounted in its namespace only.
-        let agent = self.agent.as_ref().expect("an agent").id();
         let state = self.directory.join("state");
-        let seen = format!("/proc/{agent}/root{}", state.display());
+        let seen = format!("{}{}", self.root(), state.display());
         let directory = std::fs::File::open(&seen).expect("the state directory");
         let without_log_flush: u32 = 2;
         // SAFETY: EXT4_IOC_SHUTDOWN (fs/ext4/ioctl.c) reads one u32.
@@ -206,12 +212,20 @@ address = "[{peer_address}]:7070"
             assert!(Instant::now() < end, "processes of worker-{} do not end", self.index);
             wait_a_moment();
         }
+        if let Some(mut host) = self.host.take() {
+            let _ = host.kill();
+            let _ = host.wait();
+        }
     }
 
-    /// The network namespaces of the worker and its machines, by inode. Machines' are pinned where only the agent sees them.
+    /// Where the worker's mounts are seen.
+    fn root(&self) -> String {
+        self.host.as_ref().map(|host| format!("/proc/{}/root", host.id())).unwrap_or_default()
+    }
+
+    /// The network namespaces of the worker and its machines, by inode.
     fn namespaces(&self) -> Vec<u64> {
-        let root = self.agent.as_ref().map(|agent| format!("/proc/{}/root", agent.id())).unwrap_or_default();
-        let pins = format!("{root}{}", Self::run_dir(&self.lab, self.index).join("netns").display());
+        let pins = format!("{}{}", self.root(), Self::run_dir(&self.lab, self.index).join("netns").display());
         let machines = std::fs::read_dir(pins).into_iter().flatten().flatten().map(|entry| entry.path());
         machines.chain([self.lab.netns(self.index)]).filter_map(|path| inode(&path)).collect()
     }
