@@ -58,11 +58,14 @@ pub(crate) enum Command {
         #[arg(long, short = 'n', default_value_t = 100)]
         tail: u32,
     },
-    /// Remove a stopped machine. Its volume stays.
+    /// Stop a machine and remove it, its volume and its data.
     #[command(alias = "delete")]
     Rm {
         /// Which.
         machine: MachineId,
+        /// Your word that its volume may go with it.
+        #[arg(long)]
+        with_volume: bool,
     },
     /// Boot the sealed copy of a machine whose new worker is destroyed.
     #[command(
@@ -240,7 +243,15 @@ pub(crate) fn run(command: Command, global: &Global) -> Result<Exit, Failure> {
         Command::Logs { machine, tail } => {
             show(global.output, &agent.get::<Logs>(&path::logs(&machine, tail))?, |logs| logs.text.clone());
         }
-        Command::Rm { machine } => {
+        Command::Rm { machine, with_volume } => {
+            let seen: Machine = agent.get(&path::machine(&machine))?;
+            if let Some(volume) = seen.spec.volume.filter(|_| !with_volume) {
+                return Err(Failure::usage(
+                    "machine has a volume",
+                    format_args!("removing {machine} deletes volume {volume} and its data for good"),
+                    "say --with-volume if that is meant; `decant machine stop` keeps both",
+                ));
+            }
             agent.delete(&path::machine(&machine))?;
             if global.output == Output::Table {
                 print(&format!("machine {machine} is removed"));

@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -87,6 +87,8 @@ impl Log {
 #[derive(Debug, Default)]
 struct Shared {
     stop: AtomicBool,
+    /// The port to use from now on.
+    port: AtomicU16,
     acknowledged: AtomicU64,
     reads: AtomicU64,
 }
@@ -104,6 +106,7 @@ impl Load {
     pub(crate) fn start(options: LoadOptions) -> anyhow::Result<Self> {
         let shared = Arc::new(Shared::default());
         let LoadOptions { namespace, address, filled, prefix, first } = options;
+        shared.port.store(address.port(), Ordering::Relaxed);
         let mut load = Self { shared: Arc::clone(&shared), writer: None, reader: None };
         let (inside, of) = (namespace.try_clone().context("copying the namespace's descriptor")?, Arc::clone(&shared));
         load.writer = Some(spawn("client-writer", inside, move || write(&of, address, &prefix, first))?);
@@ -121,6 +124,11 @@ impl Load {
     /// Completed reads so far.
     pub(crate) fn reads(&self) -> u64 {
         self.shared.reads.load(Ordering::Relaxed)
+    }
+
+    /// Goes to another port of the same proxy from the next try on.
+    pub(crate) fn switch(&self, port: u16) {
+        self.shared.port.store(port, Ordering::Relaxed);
     }
 
     /// Whether it reads too.
@@ -174,7 +182,16 @@ fn spawn(
         .context("starting the client's thread")
 }
 
-fn write(shared: &Shared, address: SocketAddr, prefix: &str, first: u64) -> anyhow::Result<Log> {
+/// The connection to where the client is to go now.
+fn follow(shared: &Shared, address: &mut SocketAddr, connection: &mut Connection) {
+    let port = shared.port.load(Ordering::Relaxed);
+    if port != address.port() {
+        address.set_port(port);
+        *connection = Connection::new(Address::Tcp(*address), TRY);
+    }
+}
+
+fn write(shared: &Shared, mut address: SocketAddr, prefix: &str, first: u64) -> anyhow::Result<Log> {
     let mut log = Log { sent: first, ..Log::default() };
     let mut connection = Connection::new(Address::Tcp(address), TRY);
     while !shared.stop.load(Ordering::Relaxed) {
@@ -189,6 +206,7 @@ fn write(shared: &Shared, address: SocketAddr, prefix: &str, first: u64) -> anyh
         let mut tries = 0;
         while !shared.stop.load(Ordering::Relaxed) {
             tries += 1;
+            follow(shared, &mut address, &mut connection);
             match connection.request("POST", "/orders", &header, &body) {
                 Ok(answer) if matches!(answer.status, 200 | 201) => {
                     let acknowledged_ns = monotonic_ns();
@@ -219,7 +237,7 @@ fn write(shared: &Shared, address: SocketAddr, prefix: &str, first: u64) -> anyh
     Ok(log)
 }
 
-fn read(shared: &Shared, address: SocketAddr, filled: i64) -> anyhow::Result<Log> {
+fn read(shared: &Shared, mut address: SocketAddr, filled: i64) -> anyhow::Result<Log> {
     let mut log = Log::default();
     let mut connection = Connection::new(Address::Tcp(address), TRY);
     let mut random = monotonic_ns();
@@ -227,6 +245,7 @@ fn read(shared: &Shared, address: SocketAddr, filled: i64) -> anyhow::Result<Log
         random = store::scramble(random);
         let id = 1 + (random % filled as u64) as i64;
         let path = format!("/orders/{id}");
+        follow(shared, &mut address, &mut connection);
         let at_ns = monotonic_ns();
         match connection.request("GET", &path, "", b"") {
             Ok(answer) if answer.status == 200 => {

@@ -16,6 +16,7 @@ use super::client::{Log, monotonic_ns};
 use super::figures::{Gap, longest_gap};
 use super::ledger::{self, Verdict};
 use super::report::round;
+use super::site::SECOND_PORT;
 use super::stage::{ORDERS, PREFIX, Stage, VOLUME};
 use super::{DemoArgs, Interrupt, main_job, orders, say};
 use crate::cli::Exit;
@@ -24,12 +25,10 @@ use crate::cli::Exit;
 const SAMPLES: u64 = 300;
 /// How long the client takes for them at most, unless it has hardly any.
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(4);
-/// Keeps a volume mounted while nothing else uses it.
-const HOLDER: &str = "holder";
-/// The volume that the running machine is copied to.
+/// The machine, and its volume, that the running machine is copied to.
 const COPY: &str = "orders-copy";
-/// The volume that the stopped machine is copied to.
-const SECOND: &str = "orders-data-2";
+/// The machine, and its volume, that the stopped machine is copied to.
+const SECOND: &str = "orders-second";
 /// The user that the machine runs as.
 const NOBODY: u32 = 65534;
 /// Where the receiving end of a copy listens.
@@ -117,21 +116,21 @@ fn kill_clone_boot(stage: &mut Stage<'_>, first: u64) -> anyhow::Result<(Order, 
 /// The copy is booted while the original still takes writes: what comes after the copy is lost.
 fn copy_boot_kill(stage: &Stage<'_>) -> anyhow::Result<(Order, u64)> {
     say("copy, boot, kill: worker-1 to worker-2");
-    hold(stage, 2, COPY)?;
+    let to = stage.run_awaiting(2, COPY)?;
     let load = stage.orders_load(0)?;
     stage.wait_load(&load, SAMPLES, PATIENCE)?;
     let snapshot = stage.site.directory().join("snapshot.db");
     ledger::copy_database(&stage.database(1, ORDERS)?, &snapshot)?;
-    send(stage, 1, 2, &snapshot, &stage.data(2, HOLDER)?.join(orders::DATABASE))?;
+    send(stage, 1, 2, &snapshot, &to.join(orders::DATABASE))?;
     fs::remove_file(&snapshot)?;
-    stage.remove_machine(2, HOLDER)?;
-    stage.run_orders(2, COPY, Some(COPY))?;
+    stage.wait_running(2, COPY)?;
     // The copy serves. Now, and only now, the original is killed.
     stage.stop_machine(1, ORDERS)?;
     let log = load.finish()?;
     let verdict = judge(stage, 2, COPY, &log, 0)?;
     stage.remove_machine(2, COPY)?;
     stage.start_machine(1, ORDERS)?;
+    stage.wait_running(1, ORDERS)?;
     // The copy served before the original was killed, so clients that follow at once see no gap.
     Ok((order(None, &verdict), log.sent))
 }
@@ -139,46 +138,34 @@ fn copy_boot_kill(stage: &Stage<'_>) -> anyhow::Result<(Order, u64)> {
 /// The machine is down for as long as the copy takes.
 fn kill_copy_boot(stage: &Stage<'_>, first: u64) -> anyhow::Result<Order> {
     say("kill, copy, boot: worker-2 to worker-1");
-    hold(stage, 1, SECOND)?;
+    let to = stage.run_awaiting(1, SECOND)?;
     let load = stage.orders_load(first)?;
     stage.wait_load(&load, SAMPLES, PATIENCE)?;
     let began = monotonic_ns();
-    stage.remove_machine(2, ORDERS)?;
-    run_holder(stage, 2, "reader", VOLUME)?;
-    let (from, to) = (stage.data(2, "reader")?, stage.data(1, HOLDER)?);
-    for entry in fs::read_dir(&from)?.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file())) {
-        send(stage, 2, 1, &entry.path(), &to.join(entry.file_name()))?;
-    }
-    stage.remove_machine(1, HOLDER)?;
-    stage.run_orders(1, ORDERS, Some(SECOND))?;
+    // Killed, and mounted again with the service held back, so that its files can be read.
+    fs::write(stage.data(2, ORDERS)?.join(orders::HOLD), "")?;
+    stage.stop_machine(2, ORDERS)?;
+    stage.start_machine(2, ORDERS)?;
+    let from = stage.wait_data(2, ORDERS)?;
+    load.switch(SECOND_PORT);
+    send(stage, 2, 1, &from.join(orders::DATABASE), &to.join(orders::DATABASE))?;
+    stage.wait_running(1, SECOND)?;
     stage.wait_load(&load, SAMPLES, PATIENCE)?;
     let ended = monotonic_ns();
     let log = load.finish()?;
-    let verdict = judge(stage, 1, ORDERS, &log, first)?;
-    stage.remove_machine(2, "reader")?;
+    let verdict = judge(stage, 1, SECOND, &log, first)?;
     Ok(order(longest_gap(&log.acknowledged, began, ended), &verdict))
-}
-
-/// Makes a volume and keeps it mounted.
-fn hold(stage: &Stage<'_>, worker: u32, volume: &str) -> anyhow::Result<()> {
-    stage.create_volume(worker, volume)?;
-    run_holder(stage, worker, HOLDER, volume)
-}
-
-fn run_holder(stage: &Stage<'_>, worker: u32, machine: &str, volume: &str) -> anyhow::Result<()> {
-    let command = vec!["/usr/bin/sleep".to_owned(), "infinity".to_owned()];
-    stage.run_machine(worker, machine, Some(volume), command, false)?;
-    stage.wait_running(worker, machine)
 }
 
 /// Copies a file over the wire between two workers, and syncs it there.
 fn send(stage: &Stage<'_>, from: u32, to: u32, source: &Path, destination: &Path) -> anyhow::Result<()> {
     let address = SocketAddr::from((stage.site.lab().address(to), COPY_PORT));
     let listener = stage.site.lab().enter(to, || TcpListener::bind(address)).context("listening for the copy")?;
+    let unfinished = destination.with_extension("unfinished");
     let (sent, received) = std::thread::scope(|scope| -> io::Result<(u64, u64)> {
         let receiver = scope.spawn(|| -> io::Result<u64> {
             let (mut stream, _) = listener.accept()?;
-            let mut file = File::create(destination)?;
+            let mut file = File::create(&unfinished)?;
             let count = pour(&mut stream, &mut file)?;
             file.sync_all()?;
             Ok(count)
@@ -196,7 +183,8 @@ fn send(stage: &Stage<'_>, from: u32, to: u32, source: &Path, destination: &Path
         "of the {length} bytes of {} {sent} were sent and {received} received",
         source.display()
     );
-    chown(destination, Some(NOBODY), Some(NOBODY)).context("giving the copy to the machine's user")
+    chown(&unfinished, Some(NOBODY), Some(NOBODY)).context("giving the copy to the machine's user")?;
+    fs::rename(&unfinished, destination).context("naming the copy")
 }
 
 /// Copies to the end; how many bytes.

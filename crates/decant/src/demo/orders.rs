@@ -37,6 +37,9 @@ pub(crate) struct OrdersArgs {
     /// When the database is made: fill it with orders of about this many bytes.
     #[arg(long, default_value = "0", value_parser = parse_bytes)]
     fill: Bytes,
+    /// Make no database: wait until there is one.
+    #[arg(long)]
+    await_database: bool,
     /// When the database is made: write this many bytes to a file and delete it again.
     #[arg(long, default_value = "0", value_parser = parse_bytes)]
     scratch: Bytes,
@@ -49,6 +52,10 @@ fn parse_bytes(text: &str) -> Result<Bytes, String> {
 /// The file name of the database under `--data`.
 pub(crate) const DATABASE: &str = "orders.db";
 
+/// While a file of this name is beside the database, it is left alone: somebody copies it.
+pub(crate) const HOLD: &str = "hold";
+/// Between two looks for it.
+const HOLD_PACE: Duration = Duration::from_millis(5);
 /// How long the last checkpoint at SIGTERM may wait for a reader.
 const CLOSE_PATIENCE: Duration = Duration::from_millis(5);
 
@@ -67,6 +74,9 @@ fn serve(args: &OrdersArgs) -> anyhow::Result<()> {
     let store = match &args.data {
         Some(directory) => {
             let database = directory.join(DATABASE);
+            while directory.join(HOLD).exists() || (args.await_database && !database.exists()) {
+                std::thread::sleep(HOLD_PACE);
+            }
             if !database.exists() {
                 make_database(directory, &database, args)?;
             }

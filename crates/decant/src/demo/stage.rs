@@ -99,20 +99,38 @@ impl<'a> Stage<'a> {
             let (fill, scratch) = (self.args.used.0.to_string(), scratch(self.args).0.to_string());
             command.extend(["--data", "/data", "--fill", &fill, "--scratch", &scratch].map(str::to_owned));
         }
-        self.run_machine(worker, machine, volume, command, true)?;
+        self.run_machine(worker, machine, volume, command)?;
         self.wait_running(worker, machine)
     }
 
-    /// Runs `command` as a machine.
-    pub(crate) fn run_machine(
+    /// Runs the order service on a new volume of the machine's name, waiting for its database; gives its `/data`.
+    pub(crate) fn run_awaiting(&self, worker: u32, machine: &str) -> anyhow::Result<PathBuf> {
+        self.create_volume(worker, machine)?;
+        let words = [INSIDE, "demo-orders", "--listen", "[::]:8080", "--data", "/data", "--await-database"];
+        self.run_machine(worker, machine, Some(machine), words.map(str::to_owned).to_vec())?;
+        self.wait_data(worker, machine)
+    }
+
+    /// Waits until a machine has its `/data`.
+    pub(crate) fn wait_data(&self, worker: u32, machine: &str) -> anyhow::Result<PathBuf> {
+        let deadline = Instant::now() + SERVE_PATIENCE;
+        loop {
+            match self.data(worker, machine) {
+                Ok(data) => return Ok(data),
+                Err(error) if Instant::now() > deadline => return Err(error),
+                Err(_) => self.interrupt.sleep(Duration::from_millis(5))?,
+            }
+        }
+    }
+
+    fn run_machine(
         &self,
         worker: u32,
         machine: &str,
         volume: Option<&str>,
         command: Vec<String>,
-        serves: bool,
     ) -> anyhow::Result<()> {
-        let health = serves.then(|| HealthCheck { port: PORT, http_path: Some("/health".to_owned()) });
+        let health = Some(HealthCheck { port: PORT, http_path: Some("/health".to_owned()) });
         let spec = MachineSpec {
             id: machine_id(machine),
             command,
@@ -180,10 +198,9 @@ impl<'a> Stage<'a> {
         }
     }
 
-    /// Starts a stopped machine and waits until it serves.
+    /// Starts a stopped machine.
     pub(crate) fn start_machine(&self, worker: u32, machine: &str) -> anyhow::Result<()> {
-        self.machine_action(worker, machine, "start")?;
-        self.wait_running(worker, machine)
+        self.machine_action(worker, machine, "start")
     }
 
     /// Stops a machine and waits until it is down.
@@ -208,7 +225,7 @@ impl<'a> Stage<'a> {
         Ok(())
     }
 
-    /// Stops and removes a machine; its volume stays.
+    /// Stops and removes a machine, and its volume with it.
     pub(crate) fn remove_machine(&self, worker: u32, machine: &str) -> anyhow::Result<()> {
         self.stop_machine(worker, machine)?;
         let at = path::machine(&machine_id(machine));
