@@ -104,7 +104,7 @@ fn move_orders(stage: &mut Stage<'_>, from: u32, to: u32, first: u64) -> anyhow:
     let began = monotonic_ns();
     let drained = stage.drain(from, to, ORDERS, "demo: the disk of worker-1 is dying")?;
     let ended = monotonic_ns();
-    let bytes_moved = meter.finish()?;
+    let carried = meter.finish()?;
     stage.wait_load(&load, SAMPLES, SAMPLE_PATIENCE)?;
     let log = finish_load(load)?;
     let gap = longest_gap(&log.acknowledged, began, ended).context("the client wrote nothing")?;
@@ -112,7 +112,8 @@ fn move_orders(stage: &mut Stage<'_>, from: u32, to: u32, first: u64) -> anyhow:
     let mut figures = steps(&drained);
     figures.interruption_ms = gap.millis();
     figures.used_bytes = used_bytes;
-    figures.bytes_moved = bytes_moved;
+    figures.bytes_moved = carried.sent;
+    figures.bytes_requested = carried.received;
     figures.discarded_bytes = before.allocated.0.saturating_sub(used_bytes);
     figures.read_p50_us = p50;
     figures.read_p99_us = p99;

@@ -79,19 +79,26 @@ pub(crate) fn machine_data(netns: &Path) -> anyhow::Result<PathBuf> {
 /// A worker's interface to the other workers.
 pub(crate) const UPLINK: &str = "up0";
 
-/// Bytes that each interface of a namespace but the loopback has carried, both directions, read through one of
-/// the processes in it.
-pub(crate) fn carried(pid_in_namespace: u32) -> anyhow::Result<Vec<(String, u64)>> {
+/// Bytes that an interface has carried.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Carried {
+    pub(crate) received: u64,
+    pub(crate) sent: u64,
+}
+
+/// What each interface of a namespace but the loopback has carried, read through one of the processes in it.
+pub(crate) fn carried(pid_in_namespace: u32) -> anyhow::Result<Vec<(String, Carried)>> {
     let text = fs::read_to_string(format!("/proc/{pid_in_namespace}/net/dev")).context("reading interface counters")?;
     Ok(parse_carried(&text))
 }
 
 /// `/proc/net/dev` (proc(5)): two lines of headings, then `name: received-bytes …7 more… sent-bytes …`.
-fn parse_carried(table: &str) -> Vec<(String, u64)> {
+fn parse_carried(table: &str) -> Vec<(String, Carried)> {
     let lines = table.lines().skip(2).filter_map(|line| line.split_once(':'));
     let counts = lines.map(|(name, rest)| {
         let words: Vec<u64> = rest.split_whitespace().filter_map(|word| word.parse().ok()).collect();
-        (name.trim().to_owned(), words.first().unwrap_or(&0) + words.get(8).unwrap_or(&0))
+        let at = |index: usize| words.get(index).copied().unwrap_or(0);
+        (name.trim().to_owned(), Carried { received: at(0), sent: at(8) })
     });
     counts.filter(|(name, _)| name != "lo").collect()
 }
@@ -142,6 +149,8 @@ mod tests {
             \x20   lo:     100       1    0    0    0     0          0         0      100       1    0    0    0     0       0          0\n\
             \x20  up0:    1000       1    0    0    0     0          0         0     2000       1    0    0    0     0       0          0\n\
             \x20 d1.3:      10       1    0    0    0     0          0         0       20       1    0    0    0     0       0          0\n";
-        assert_eq!(parse_carried(table), [("up0".to_owned(), 3000), ("d1.3".to_owned(), 30)]);
+        let up = ("up0".to_owned(), Carried { received: 1000, sent: 2000 });
+        let machine = ("d1.3".to_owned(), Carried { received: 10, sent: 20 });
+        assert_eq!(parse_carried(table), [up, machine]);
     }
 }

@@ -22,8 +22,10 @@ pub(crate) struct Report {
     pub(crate) volume_bytes: u64,
     /// What its file system needed before the stop, by an oracle outside the product.
     pub(crate) used_bytes: u64,
-    /// What crossed the source's interface for the move, both directions, without the client's traffic.
+    /// What the source sent for the move, by its interface's counter, every header included, the client's traffic not.
     pub(crate) bytes_moved: u64,
+    /// What the source received for the move, counted likewise: requests and acknowledgements.
+    pub(crate) bytes_requested: u64,
     /// Allocated at the source before the move and not moved, because it was deleted.
     pub(crate) discarded_bytes: u64,
     /// LUKS2 header at the source.
@@ -66,6 +68,7 @@ pub(crate) struct Move {
     pub(crate) interruption_ms: f64,
     pub(crate) used_bytes: u64,
     pub(crate) bytes_moved: u64,
+    pub(crate) bytes_requested: u64,
     pub(crate) discarded_bytes: u64,
     pub(crate) stop_ms: f64,
     pub(crate) seal_ms: f64,
@@ -96,6 +99,7 @@ impl Report {
         self.stateless_interruption_ms = round(median(stateless_ms.to_vec()));
         self.used_bytes = bytes_of(|one| one.used_bytes);
         self.bytes_moved = bytes_of(|one| one.bytes_moved);
+        self.bytes_requested = bytes_of(|one| one.bytes_requested);
         // Only the first move has the deleted data in its way.
         self.discarded_bytes = moves.first().map_or(0, |one| one.discarded_bytes);
         self.stop_ms = round(of(|one| one.stop_ms));
