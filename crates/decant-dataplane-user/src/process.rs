@@ -82,8 +82,20 @@ pub fn leave_cgroup(worker: &str, leaf: &str) {
 pub fn remove_empty_cgroup(worker: &str, leaf: &str) {
     let Some(mount) = cgroup2_mount() else { return };
     let of_worker = mount.join("decant").join(worker);
-    // A group with a process in it, or a worker's with machines, refuses.
-    let _ = std::fs::remove_dir(of_worker.join(leaf)).and_then(|()| std::fs::remove_dir(of_worker));
+    let group = of_worker.join(leaf);
+    for _ in 0..10 {
+        match std::fs::remove_dir(&group) {
+            // A worker's with machines in it refuses.
+            Ok(()) => return drop(std::fs::remove_dir(of_worker)),
+            Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy => {}
+            Err(_) => return,
+        }
+        // One that has just ended is still counted for a moment; others are there to stay.
+        if std::fs::read_to_string(group.join("cgroup.procs")).is_ok_and(|pids| !pids.is_empty()) {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
 }
 
 /// Where the cgroup2 hierarchy is mounted, from /proc/self/mountinfo (proc(5)).
