@@ -10,7 +10,7 @@ use decant_base::MachineId;
 use decant_dataplane_user::{SiteConfig, UserPlane};
 use decant_machine::{DriverConfig, ProcessDriver};
 use decant_network::proxy::{self, ProxyError};
-use decant_network::{LinkError, ResolveError, Resolver, Route, RouteState};
+use decant_network::{LinkError, ResolveError, Resolver, Route};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::agent::{Deps, Running, StartError};
@@ -164,12 +164,7 @@ struct AgentResolver {
 impl Resolver for AgentResolver {
     async fn route(&self, machine: &MachineId, known: Option<&Route>, wait: Duration) -> Result<Route, ResolveError> {
         let known = known.map(|known| decant_api::path::KnownRoute {
-            state: match known.state {
-                RouteState::Here => decant_api::RouteState::Here,
-                RouteState::Moved => decant_api::RouteState::Moved,
-                RouteState::Moving => decant_api::RouteState::Moving,
-                RouteState::Unknown => decant_api::RouteState::Unknown,
-            },
+            state: known.state,
             epoch: known.epoch,
             worker: known.worker.clone(),
         });

@@ -45,16 +45,15 @@ mod event;
 mod machine;
 mod migration;
 pub mod path;
-mod route;
 mod volume;
 mod worker;
 
+pub use decant_network::{Route, RouteState};
 pub use drain::{Blocker, CreateDrain, Drain, DrainMachine, DrainPhase, PlannedMove};
 pub use error::{Code, ErrorBody};
 pub use event::Event;
 pub use machine::{Exit, Logs, Machine, MachineState, MoveMachine, Reclaim, Reclaimed, RecoveryPoint, RunMachine};
 pub use migration::{Eta, Migration, MigrationPhase, MigrationSettings, Progress, Role, Timings, Why};
-pub use route::{Route, RouteState};
 pub use volume::{CreateVolume, SealedCopy, Volume};
 pub use worker::{Capacity, Cordon, Worker, WorkerState};
 
