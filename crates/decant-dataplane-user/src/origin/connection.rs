@@ -290,7 +290,9 @@ impl Lane<'_> {
 
     /// Requests out, answers in, until something breaks.
     fn transmit(&mut self, stream: &mut Stream, export: &ExportInfo) -> Result<Never, Broken> {
+        // When the peer was last heard; or when it was first asked, after a while in which it owed nothing.
         let mut heard = (stream.bytes_received(), now());
+        let mut owed = false;
         loop {
             self.ask(export)?;
             self.send(stream)?;
@@ -304,9 +306,10 @@ impl Lane<'_> {
             }
             // Nothing to do but wait: for an answer if one is owed, and no longer than a live peer would take.
             let owes = self.core.outstanding() > 0;
-            if !owes || heard.0 != stream.bytes_received() {
+            if !owed || heard.0 != stream.bytes_received() {
                 heard = (stream.bytes_received(), now());
             }
+            owed = owes;
             let deadline = heard.1.checked_add(self.silence).filter(|_| owes);
             if deadline.is_some_and(|deadline| now() >= deadline) {
                 let silence = self.silence;
@@ -416,7 +419,7 @@ impl Lane<'_> {
             let mut filled = count.min(self.end - self.start);
             buffer[..filled].copy_from_slice(&self.input[self.start..self.start + filled]);
             self.start += filled;
-            let mut heard = now();
+            let mut heard = (stream.bytes_received(), now());
             while filled < count {
                 match stream.read(&mut self.data.slice_mut(0..count)[filled..]) {
                     Ok(read) => {
@@ -426,8 +429,10 @@ impl Lane<'_> {
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                     Err(error) => return Err(error.into()),
                 }
-                let before = stream.bytes_received();
-                let deadline = heard.checked_add(self.silence);
+                if heard.0 != stream.bytes_received() {
+                    heard = (stream.bytes_received(), now());
+                }
+                let deadline = heard.1.checked_add(self.silence);
                 if deadline.is_some_and(|deadline| now() >= deadline) {
                     return Err(Broken::Silent(self.silence));
                 }
@@ -437,9 +442,6 @@ impl Lane<'_> {
                 let want = if stream.has_pending() { Wait::ReadWrite } else { Wait::Read };
                 self.wait(stream, want, deadline)?;
                 stream.flush()?;
-                if before != stream.bytes_received() {
-                    heard = now();
-                }
             }
             if whole {
                 self.sink.handle_data(token, offset + done, self.data.slice(0..count));
