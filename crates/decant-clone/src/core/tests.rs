@@ -195,3 +195,37 @@ fn writes_and_stores_exclude_each_other() {
     assert_eq!(pair.core.map().entry(0).state, State::Written, "from the first byte on it is not the origin's");
     assert_eq!(pair.core.end_write(id, false), None);
 }
+
+#[test]
+fn the_hydration_lets_a_boot_go_first_and_not_for_ever() {
+    let mut pair = Pair::new(40_000, &[(0, 40_000)]);
+    let began = pair.now;
+    pair.core.expect_boot(began);
+    pair.up();
+    assert!(pair.order.is_empty(), "nothing was read yet");
+    // A boot that reads all over the place, every 50 ms: its reads and what lies around them, and no more.
+    for read in 1..30 {
+        pair.now = began + read * Duration::from_millis(50);
+        if pair.now >= began + BOOT_LONGEST {
+            break;
+        }
+        let block = u64::from(read) * 1000;
+        assert!(pair.read(block));
+        while pair.step() {}
+        pair.now = began + read * Duration::from_millis(50);
+        let around = |plan: &Plan| plan.blocks.start / 256 == block / 256;
+        assert!(pair.order.drain(..).all(|plan| around(&plan)), "only around block {block}");
+        assert!(pair.core.next_poll(pair.now).is_some_and(|due| due <= began + BOOT_LONGEST));
+    }
+    pair.now = began + BOOT_LONGEST;
+    pair.poll();
+    assert_eq!(pair.order[0].blocks.start, 0, "the rest comes in order");
+    // One that reads nothing is over soon.
+    let mut pair = Pair::new(40_000, &[(0, 40_000)]);
+    pair.core.expect_boot(pair.now);
+    pair.up();
+    assert_eq!(pair.core.next_poll(pair.now), Some(pair.now + BOOT_QUIET));
+    pair.now += BOOT_QUIET;
+    pair.poll();
+    assert!(!pair.order.is_empty());
+}
