@@ -29,6 +29,10 @@ use crate::shape::SECTORS_PER_BLOCK;
 
 /// A block that the origin cannot read is tried again after this.
 const RETRY: Duration = Duration::from_secs(1);
+/// A boot is over when no read found a block missing for so long.
+const BOOT_QUIET: Duration = Duration::from_millis(150);
+/// The hydration waits for a boot no longer than this, however many reads it takes.
+const BOOT_LONGEST: Duration = Duration::from_secs(1);
 
 /// Names a write between its begin and its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -128,6 +132,13 @@ struct Writing {
     kind: Kind,
 }
 
+/// A boot under way: the hydration keeps out of its way until `quiet`, which each read that waits puts off, at most to `end`.
+#[derive(Debug, Clone, Copy)]
+struct Boot {
+    quiet: Duration,
+    end: Duration,
+}
+
 #[derive(Debug)]
 struct InFlight {
     end: u64,
@@ -167,6 +178,7 @@ pub struct CloneCore<W> {
     link_since: Duration,
     no_room_until: Option<Duration>,
     hydrate: bool,
+    boot: Option<Boot>,
     next_id: u64,
     next_mark: u64,
 }
@@ -202,6 +214,7 @@ impl<W> CloneCore<W> {
             link_since: now,
             no_room_until: None,
             hydrate: true,
+            boot: None,
             next_id: 0,
             next_mark: 0,
         }
@@ -254,6 +267,9 @@ impl<W> CloneCore<W> {
         let blocks = blocks_of(&sectors);
         let ahead = self.streams.ahead(&blocks);
         self.pace.foreground(now);
+        if let Some(boot) = &mut self.boot {
+            boot.quiet = now + BOOT_QUIET;
+        }
         self.heat(blocks.start);
         self.demand(now, blocks.start..(blocks.end + ahead).min(self.map.shape().blocks()), plans);
         Ok(())
@@ -513,6 +529,12 @@ impl<W> CloneCore<W> {
     /// Holds the hydration back, or lets it go on; reads are served in any case.
     pub fn set_hydrate(&mut self, on: bool) {
         self.hydrate = on;
+    }
+
+    /// A machine is about to boot: until its reads have come, for a second at most, nothing is fetched but what they wait for
+    /// and what lies around it. The interruption is those reads; the rest has time.
+    pub fn expect_boot(&mut self, now: Duration) {
+        self.boot = Some(Boot { quiet: now + BOOT_QUIET, end: now + BOOT_LONGEST });
     }
 
     /// The local file has no room: the hydration pauses for `pause`, then tries again.

@@ -90,6 +90,7 @@ struct Early {
     reads: Vec<(Range<u64>, Waiter)>,
     limit: Option<u64>,
     eio: bool,
+    boot: bool,
     link: Option<(bool, String)>,
 }
 
@@ -405,6 +406,13 @@ impl Engine {
         let count = failed.len();
         failed.into_iter().for_each(|sink| sink.complete(Err(Errno::IO)));
         count
+    }
+
+    /// A machine boots as soon as the clone begins: the hydration lets its reads go first.
+    pub fn expect_boot(&self) {
+        if let Life::Prepared(early) = &mut *lock(&self.life) {
+            early.boot = true;
+        }
     }
 
     /// Limits the hydration to bytes per second, or lifts the limit.

@@ -226,3 +226,37 @@ fn ninety_six_reads_wait_for_ever_and_more_leave_room_for_writes() {
     assert_eq!((pair.answered.len(), pair.core.parked(), pair.core.stalls_at()), (99, 0, None));
     assert!(!pair.core.shed_reads(pair.now + Duration::from_secs(100), &mut failed));
 }
+
+#[test]
+fn the_hydration_lets_a_boot_go_first_and_not_for_ever() {
+    let mut pair = Pair::new(40_000, &[(0, 40_000)]);
+    let began = pair.now;
+    pair.core.expect_boot(began);
+    pair.up();
+    assert!(pair.order.is_empty(), "nothing was read yet");
+    // A boot that reads all over the place, every 50 ms: its reads and what lies around them, and no more.
+    for read in 1..30 {
+        pair.now = began + read * Duration::from_millis(50);
+        if pair.now >= began + BOOT_LONGEST {
+            break;
+        }
+        let block = u64::from(read) * 1000;
+        assert!(pair.read(block));
+        while pair.step() {}
+        pair.now = began + read * Duration::from_millis(50);
+        let around = |plan: &Plan| plan.blocks.start / 256 == block / 256;
+        assert!(pair.order.drain(..).all(|plan| around(&plan)), "only around block {block}");
+        assert!(pair.core.next_poll(pair.now).is_some_and(|due| due <= began + BOOT_LONGEST));
+    }
+    pair.now = began + BOOT_LONGEST;
+    pair.poll();
+    assert_eq!(pair.order[0].blocks.start, 0, "the rest comes in order");
+    // One that reads nothing is over soon.
+    let mut pair = Pair::new(40_000, &[(0, 40_000)]);
+    pair.core.expect_boot(pair.now);
+    pair.up();
+    assert_eq!(pair.core.next_poll(pair.now), Some(pair.now + BOOT_QUIET));
+    pair.now += BOOT_QUIET;
+    pair.poll();
+    assert!(!pair.order.is_empty());
+}
