@@ -2,18 +2,25 @@
 
 use decant_nbd::Violation;
 
-use super::{BLOCK, Broken, Lane};
+use super::{BLOCK, Broken, Desk, Lane};
 
-impl Lane<'_> {
+impl Desk {
     /// Digests come one block at a time and are handed over together.
-    pub(super) fn handle_digest(&mut self, tag: usize, offset: u64, length: u32, crc32c: u32) -> Result<(), Broken> {
+    pub(super) fn handle_digest(
+        &mut self,
+        lane: Lane<'_>,
+        tag: usize,
+        offset: u64,
+        length: u32,
+        crc32c: u32,
+    ) -> Result<(), Broken> {
         let fetch = self.job(tag)?.fetch;
         let end = fetch.offset + u64::from(fetch.length);
         if !offset.is_multiple_of(BLOCK) || offset + u64::from(length) != (offset + BLOCK).min(end) {
             return Err(Violation::Malformed("digest: not of one block").into());
         }
         if self.digests_of.0 != tag {
-            self.hand_over_digests()?;
+            self.hand_over_digests(lane)?;
         }
         if self.digests.is_empty() {
             self.digests_of = (tag, offset);
@@ -22,11 +29,11 @@ impl Lane<'_> {
         Ok(())
     }
 
-    pub(super) fn hand_over_digests(&mut self) -> Result<(), Broken> {
+    pub(super) fn hand_over_digests(&mut self, lane: Lane<'_>) -> Result<(), Broken> {
         if !self.digests.is_empty() {
             let (tag, offset) = self.digests_of;
             let token = self.job(tag)?.fetch.token;
-            self.sink.handle_digests(token, offset, &self.digests);
+            lane.sink.handle_digests(token, offset, &self.digests);
             self.job(tag)?.next = offset + self.digests.len() as u64 * BLOCK;
             self.digests.clear();
         }
