@@ -197,6 +197,37 @@ fn writes_and_stores_exclude_each_other() {
 }
 
 #[test]
+fn ninety_six_reads_wait_for_ever_and_more_leave_room_for_writes() {
+    let mut pair = Pair::new(40_000, &[(0, 40_000)]);
+    pair.core.set_hydrate(false);
+    pair.up();
+    let begun = pair.now;
+    for read in 0..128 {
+        assert!(pair.read(read * 100));
+    }
+    let due = begun + crate::demand::STALLED_AFTER;
+    assert_eq!(pair.core.stalls_at(), Some(due));
+    let mut failed = Vec::new();
+    assert!(!pair.core.shed_reads(due - Duration::from_millis(1), &mut failed) && failed.is_empty());
+    assert!(pair.core.shed_reads(due, &mut failed), "the first time");
+    let waiters: Vec<u64> = failed.drain(..).map(|read| read.waiter).collect();
+    assert_eq!(waiters, (96..128).map(|read| read * 100).collect::<Vec<_>>(), "those that came last");
+    assert_eq!((pair.core.parked(), pair.core.stalls_at()), (96, None));
+    pair.now = due;
+    assert!(!pair.read(20_000), "from now on one too many fails at once");
+    let hindrance = pair.core.progress(due, 0).hindrance;
+    assert_eq!(hindrance, "STALLED: nothing from the origin, 96 reads wait and 33 more failed, so that writes go on");
+    // Something comes: more may wait again, and those that waited are answered.
+    pair.step();
+    assert!(pair.read(20_000) && pair.read(20_100) && pair.read(20_200));
+    assert_eq!(pair.core.parked(), 98);
+    assert_eq!(pair.core.stalls_at(), Some(pair.now + crate::demand::STALLED_AFTER));
+    while pair.step() {}
+    assert_eq!((pair.answered.len(), pair.core.parked(), pair.core.stalls_at()), (99, 0, None));
+    assert!(!pair.core.shed_reads(pair.now + Duration::from_secs(100), &mut failed));
+}
+
+#[test]
 fn the_hydration_lets_a_boot_go_first_and_not_for_ever() {
     let mut pair = Pair::new(40_000, &[(0, 40_000)]);
     let began = pair.now;
