@@ -6,6 +6,8 @@
 
 use rustix::io::Errno;
 
+pub use crate::fuse::Served;
+
 /// Where a parked read's bytes go once they are here.
 pub trait ReadSink: Send {
     /// Called once, from whichever thread made the bytes available, with plaintext of exactly the length asked for, or with
@@ -84,6 +86,16 @@ pub trait Exported: Send + Sync {
     fn ready(&self) -> bool;
     /// Fills `buffer` from `offset`.
     fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), Errno>;
+    /// Fills `buffer` from `offset`, or says that some of it is not here: then [`Exported::park`] waits for it.
+    fn try_read(&self, offset: u64, buffer: &mut [u8]) -> Result<Served, Errno> {
+        self.read(offset, buffer).map(|()| Served::Done)
+    }
+    /// Answers `sink` once the bytes are here, perhaps before this returns. Only after [`Served::Missing`].
+    fn park(&self, offset: u64, length: usize, sink: Box<dyn ReadSink>) {
+        let mut buffer = vec![0; length];
+        let result = self.read(offset, &mut buffer);
+        sink.complete(result.map(|()| &buffer[..]));
+    }
     /// Writes `data` at `offset`.
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), Errno>;
     /// Discards, so that the range reads as zeros.

@@ -415,6 +415,12 @@ impl Engine {
         }
     }
 
+    /// Fetches only what reads wait for, or goes on with the rest.
+    pub fn pause(&self, paused: bool) {
+        self.fill.paused.store(paused, Ordering::Release);
+        self.pump();
+    }
+
     /// Limits the hydration to bytes per second, or lifts the limit.
     pub fn set_limit(&self, limit: Option<u64>) {
         match &mut *lock(&self.life) {

@@ -106,9 +106,7 @@ impl Standalone {
             cipher: Arc::new(Plaintext),
             boot: engine::boot_id().map_err(|source| io("read", Path::new("boot_id"), source))?,
         })?;
-        if !options.hydrate {
-            engine.set_limit(Some(1));
-        }
+        engine.pause(!options.hydrate);
         let sink: Arc<dyn OriginSink> = engine.clone();
         let origin = NbdOrigin::open(origin_options(options, Some(size)), sink)
             .map_err(|source| io("connect for", &options.destination, source))?;
@@ -199,7 +197,7 @@ impl Cipher for Plaintext {
     fn decrypt(&self, _offset: u64, _data: &mut [u8]) {}
 }
 
-/// The clone as NBD clients see it: read-write. A connection whose read is missing waits; the others go on.
+/// The clone as NBD clients see it: read-write. A read that is missing waits; what was asked after it does not.
 struct Front {
     engine: Arc<Engine>,
 }
@@ -248,6 +246,14 @@ impl Exported for Front {
                 Ok(())
             }
         }
+    }
+
+    fn try_read(&self, offset: u64, buffer: &mut [u8]) -> Result<Served, Errno> {
+        self.engine.read(offset, buffer)
+    }
+
+    fn park(&self, offset: u64, length: usize, sink: Box<dyn ReadSink>) {
+        self.engine.park(offset, length, sink);
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), Errno> {

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
@@ -83,6 +83,10 @@ struct Cuts {
 pub(super) struct Fill {
     pump: Arc<Signal>,
     commit: Arc<Signal>,
+    /// What is fetched is what reads wait for.
+    pub(super) paused: AtomicBool,
+    /// When the pump's thread looks again by itself, in nanoseconds since the engine started.
+    due: AtomicU64,
     idle: Mutex<Vec<Arrival<Waiter>>>,
     cuts: Mutex<Cuts>,
 }
@@ -162,7 +166,10 @@ impl Engine {
 
     /// Sends what may be sent now. From any thread; never blocks on the network.
     pub(super) fn pump(&self) {
-        if self.pump_once().is_some() {
+        // Its thread is woken only if it would sleep too long.
+        if let Some(due) = self.pump_once()
+            && due < Duration::from_nanos(self.fill.due.load(Ordering::SeqCst))
+        {
             self.fill.pump.raise();
         }
     }
@@ -195,7 +202,7 @@ impl Engine {
         }
     }
 
-    /// As `pump`; returns when there may be more to send although nothing else happens.
+    /// As `pump`; returns when, since the engine started, there may be more to send although nothing else happens.
     fn pump_once(&self) -> Option<Duration> {
         let (mut plans, mut failed) = (Vec::new(), Vec::new());
         let (mut due, mut stalled) = (None, false);
@@ -203,11 +210,12 @@ impl Engine {
             let now = self.now();
             stalled = core.shed_reads(now, &mut failed);
             let hold = self.unsynced.load(Ordering::Acquire) > self.backlog().hold_at
-                || self.has_failed.load(Ordering::Acquire);
+                || self.has_failed.load(Ordering::Acquire)
+                || self.fill.paused.load(Ordering::Acquire);
             core.set_hydrate(!hold);
             core.poll(now, &mut plans);
             let next = [core.next_poll(now), core.stalls_at()].into_iter().flatten().min();
-            due = next.map(|due| due.saturating_sub(now).max(SHORTEST_WAIT));
+            due = next.map(|due| due.max(now + SHORTEST_WAIT));
         }
         if stalled {
             tracing::warn!(volume = %self.volume, reads = failed.len(), "STALLED: the origin is silent and more reads wait than leave room for writes; those that came last fail with EIO");
@@ -409,13 +417,20 @@ impl OriginSink for Engine {
 
 /// Sends what became due: a rate limit's next run, a retry, the end of a pause.
 fn pump_thread(engine: &Weak<Engine>, signal: &Signal) {
-    let mut timeout = None;
-    while signal.wait(timeout) {
+    loop {
         let Some(engine) = engine.upgrade() else { return };
         if engine.is_plain() {
             return;
         }
-        timeout = engine.pump_once();
+        // While it looks, whatever others find is sooner than what it will sleep until: they raise the signal.
+        engine.fill.due.store(u64::MAX, Ordering::SeqCst);
+        let due = engine.pump_once();
+        engine.fill.due.store(due.map_or(u64::MAX, |due| due.as_nanos() as u64), Ordering::SeqCst);
+        let timeout = due.map(|due| due.saturating_sub(engine.now()));
+        drop(engine);
+        if !signal.wait(timeout) {
+            return;
+        }
     }
 }
 

@@ -1,15 +1,16 @@
 //! One connection of an export.
 
 use std::io::{self, IoSlice};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use decant_nbd::server::{Event, Server};
+use decant_nbd::server::{Event, Replier, Server};
 use decant_nbd::{Command, Context, ErrorCode, MAX_DESCRIPTORS, MAX_UNIT, Request, Violation, put_descriptor};
 use rustix::io::Errno;
 
 use super::replies::{CHUNK, Replies};
 use super::{HANDSHAKE_DEADLINE, Shared};
-use crate::device::Status;
+use crate::device::{ReadSink, Served, Status};
 use crate::stream::{Kick, Stream, Wait, now};
 use crate::tls::Session;
 
@@ -34,9 +35,59 @@ enum Ended {
     Closing,
 }
 
+/// Reads of one connection that wait for their bytes, at most; what comes then waits in the socket.
+const MAX_PARKED: usize = 64;
+
+/// The way out: the connection's thread and whoever completes a parked read write here, whole replies under one lock.
+struct Outlet {
+    stream: Mutex<Stream>,
+    kick: Arc<Kick>,
+    parked: AtomicUsize,
+}
+
+impl Outlet {
+    fn lock(&self) -> MutexGuard<'_, Stream> {
+        self.stream.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A read whose bytes were not here.
+struct Parked {
+    outlet: Arc<Outlet>,
+    replier: Replier,
+    request: Request,
+}
+
+impl ReadSink for Parked {
+    fn complete(self: Box<Self>, result: Result<&[u8], Errno>) {
+        let Request { offset, length, .. } = self.request;
+        let waits = {
+            let mut stream = self.outlet.lock();
+            // A connection that broke is found broken by its thread.
+            let _ = match result {
+                Ok(data) => {
+                    let header = self.replier.data(&self.request, offset, length, true);
+                    stream.send(&[IoSlice::new(header.as_bytes()), IoSlice::new(data)])
+                }
+                Err(errno) => {
+                    let mut out = Vec::new();
+                    self.replier.error(&self.request, code(errno), Some(offset), &mut out);
+                    stream.send(&[IoSlice::new(&out)])
+                }
+            };
+            stream.has_pending()
+        };
+        let before = self.outlet.parked.fetch_sub(1, Ordering::AcqRel);
+        // The thread sends what the socket did not take, or waits for room for one more.
+        if waits || before == MAX_PARKED {
+            self.outlet.kick.kick();
+        }
+    }
+}
+
 struct Connection<'a> {
     shared: &'a Shared,
-    stream: Stream,
+    outlet: Arc<Outlet>,
     kick: &'a Kick,
     core: Server,
     input: Vec<u8>,
@@ -50,12 +101,12 @@ struct Connection<'a> {
 }
 
 /// Serves one connection to its end.
-pub(super) fn run(shared: &Shared, stream: Stream, kick: &Kick, peer: &str) {
+pub(super) fn run(shared: &Shared, stream: Stream, kick: &Arc<Kick>, peer: &str) {
     let mut out = Vec::new();
     let core = Server::new(shared.config.clone(), &mut out);
     let mut connection = Connection {
         shared,
-        stream,
+        outlet: Arc::new(Outlet { stream: Mutex::new(stream), kick: Arc::clone(kick), parked: AtomicUsize::new(0) }),
         kick,
         core,
         input: vec![0; INPUT],
@@ -115,7 +166,8 @@ impl Connection<'_> {
             if self.shared.is_closed() {
                 return Err(Ended::Closing);
             }
-            match self.stream.read(&mut self.input[self.end..]) {
+            let read = self.outlet.lock().read(&mut self.input[self.end..]);
+            match read {
                 Ok(count) => {
                     self.end += count;
                     return Ok(());
@@ -126,11 +178,7 @@ impl Connection<'_> {
             if deadline.is_some_and(|deadline| now() >= deadline) {
                 return Err(Ended::HandshakeDeadline);
             }
-            let want = if self.stream.has_pending() { Wait::ReadWrite } else { Wait::Read };
-            self.stream.wait(want, self.kick, deadline)?;
-            if want == Wait::ReadWrite {
-                self.stream.flush()?;
-            }
+            self.wait(Wait::Read, deadline)?;
         }
     }
 
@@ -140,7 +188,7 @@ impl Connection<'_> {
         }
         self.send_replies()?;
         let Some(tls) = &self.shared.tls else { return Err(Violation::Ended.into()) };
-        self.stream.start_tls(Session::server(tls.config.clone())?);
+        self.outlet.lock().start_tls(Session::server(tls.config.clone())?);
         self.core.handle_tls_started();
         Ok(())
     }
@@ -149,7 +197,7 @@ impl Connection<'_> {
     fn queue_out(&mut self) -> Result<(), Ended> {
         if !self.replies.push(&self.out) {
             self.send_replies()?;
-            self.stream.send(&[IoSlice::new(&self.out)])?;
+            self.outlet.lock().send(&[IoSlice::new(&self.out)])?;
             self.drain()?;
         }
         self.out.clear();
@@ -159,7 +207,7 @@ impl Connection<'_> {
     /// Sends every reply that waits, to the last byte.
     fn send_replies(&mut self) -> Result<(), Ended> {
         if !self.replies.is_empty() {
-            self.stream.send(&self.replies.parts())?;
+            self.outlet.lock().send(&self.replies.parts())?;
             self.replies.clear();
             self.drain()?;
         }
@@ -168,12 +216,25 @@ impl Connection<'_> {
 
     /// Waits until the socket has taken all output. A client that does not read holds up nobody but itself.
     fn drain(&mut self) -> Result<(), Ended> {
-        while self.stream.has_pending() {
+        while self.outlet.lock().has_pending() {
             if self.shared.is_closed() {
                 return Err(Ended::Closing);
             }
-            self.stream.wait(Wait::Write, self.kick, None)?;
-            self.stream.flush()?;
+            self.wait(Wait::Write, None)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for the socket, or for a kick; output that waits is sent as there is room for it.
+    fn wait(&self, want: Wait, deadline: Option<std::time::Instant>) -> Result<(), Ended> {
+        let (socket, pending) = {
+            let stream = self.outlet.lock();
+            (stream.socket(), stream.has_pending())
+        };
+        let want = if pending && want == Wait::Read { Wait::ReadWrite } else { want };
+        socket.wait(want, self.kick, deadline)?;
+        if pending || want == Wait::Read {
+            self.outlet.lock().flush()?;
         }
         Ok(())
     }
@@ -185,7 +246,7 @@ impl Connection<'_> {
             if self.shared.is_closed() {
                 return Err(Ended::Closing);
             }
-            self.stream.wait(Wait::Hangup, self.kick, None)?;
+            self.wait(Wait::Hangup, None)?;
         }
         Ok(())
     }
@@ -325,13 +386,36 @@ impl Connection<'_> {
         if !self.replies.has_room(length) {
             self.send_replies()?;
         }
-        if let Err(errno) = self.shared.device.read(offset, self.replies.payload(length)) {
-            return Ok(Err((errno, offset)));
+        let whole = offset == request.offset && length == request.length as usize;
+        let device = &self.shared.device;
+        let payload = self.replies.payload(length);
+        let read =
+            if whole { device.try_read(offset, payload) } else { device.read(offset, payload).map(|()| Served::Done) };
+        match read {
+            Ok(Served::Done) => {}
+            Ok(Served::Missing) => return self.park(request).map(Ok),
+            Err(errno) => return Ok(Err((errno, offset))),
         }
         let header = self.core.data(request, offset, length as u32, offset + length as u64 == end);
         self.replies.commit(header.as_bytes(), length);
         self.shared.bytes_read.fetch_add(length as u64, Ordering::Relaxed);
         Ok(Ok(()))
+    }
+
+    /// Lets a read wait for its bytes while others are served; whoever brings the bytes answers it.
+    fn park(&mut self, request: &Request) -> Result<(), Ended> {
+        self.send_replies()?;
+        while self.outlet.parked.load(Ordering::Acquire) >= MAX_PARKED {
+            if self.shared.is_closed() {
+                return Err(Ended::Closing);
+            }
+            self.wait(Wait::Hangup, None)?;
+        }
+        self.outlet.parked.fetch_add(1, Ordering::AcqRel);
+        let sink = Parked { outlet: Arc::clone(&self.outlet), replier: self.core.replier(), request: *request };
+        self.shared.bytes_read.fetch_add(request.length.into(), Ordering::Relaxed);
+        self.shared.device.park(request.offset, request.length as usize, Box::new(sink));
+        Ok(())
     }
 
     /// The whole read in one piece.
@@ -342,7 +426,7 @@ impl Connection<'_> {
             return Ok(Err((errno, offset)));
         }
         let header = self.core.data(request, offset, length as u32, true);
-        self.stream.send(&[IoSlice::new(header.as_bytes()), IoSlice::new(buffer)])?;
+        self.outlet.lock().send(&[IoSlice::new(header.as_bytes()), IoSlice::new(buffer)])?;
         self.drain()?;
         self.replies.shrink();
         self.shared.bytes_read.fetch_add(length as u64, Ordering::Relaxed);
@@ -380,18 +464,19 @@ impl Connection<'_> {
 
     /// Reads `count` payload bytes into the large buffer: what was read with the header, then from the socket.
     fn take_payload(&mut self, count: usize) -> Result<(), Ended> {
-        let buffer = self.replies.large(CHUNK).slice_mut(0..count);
         let mut filled = count.min(self.end - self.start);
-        buffer[..filled].copy_from_slice(&self.input[self.start..self.start + filled]);
+        let buffered = &self.input[self.start..self.start + filled];
+        self.replies.large(CHUNK).slice_mut(0..filled).copy_from_slice(buffered);
         self.start += filled;
         while filled < count {
-            match self.stream.read(&mut buffer[filled..]) {
+            let read = self.outlet.lock().read(self.replies.large(CHUNK).slice_mut(filled..count));
+            match read {
                 Ok(read) => filled += read,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     if self.shared.is_closed() {
                         return Err(Ended::Closing);
                     }
-                    self.stream.wait(Wait::Read, self.kick, None)?;
+                    self.wait(Wait::Read, None)?;
                 }
                 Err(error) => return Err(error.into()),
             }

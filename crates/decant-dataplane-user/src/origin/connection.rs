@@ -283,19 +283,19 @@ impl Lane<'_> {
     /// Requests out, answers in, until something breaks.
     fn transmit(&mut self, export: &ExportInfo) -> Result<Never, Broken> {
         loop {
-            self.ask()?;
-            let progress = self.handle_answers(export)?;
+            self.handle_answers(export)?;
+            while self.ask()? {}
             self.refill();
             let count = self.slot.lock().read(&mut self.input[self.end..])?;
             self.end += count;
-            if count == 0 && !progress {
+            if count == 0 {
                 self.await_peer()?;
             }
         }
     }
 
-    /// Asks for what the queue holds.
-    fn ask(&mut self) -> Result<(), Broken> {
+    /// Asks for what the queue holds. True: some of it was refused here, and the sink may have put more there.
+    fn ask(&mut self) -> Result<bool, Broken> {
         if self.shared.is_closed() {
             return Err(Broken::Closed);
         }
@@ -307,11 +307,12 @@ impl Lane<'_> {
             desk.ask(&self.shared.pool, self.index)?;
             std::mem::take(&mut desk.refused)
         };
+        let any = !refused.is_empty();
         for (job, errno) in refused {
             self.shared.pool.answered(self.index, &job);
             self.shared.done(&job.fetch, Err(errno), self.sink);
         }
-        Ok(())
+        Ok(any)
     }
 
     /// Waits for the peer, or for a kick.
@@ -330,14 +331,12 @@ impl Lane<'_> {
         if self.shared.is_closed() { Err(Broken::Closed) } else { Ok(()) }
     }
 
-    /// Deals with what was read, and with payloads that follow; false if there was nothing.
-    fn handle_answers(&mut self, export: &ExportInfo) -> Result<bool, Broken> {
-        let mut progress = false;
+    /// Deals with what was read, and with payloads that follow.
+    fn handle_answers(&mut self, export: &ExportInfo) -> Result<(), Broken> {
         loop {
             let (consumed, event) = self.slot.lock().step(&self.input[self.start..self.end])?;
             self.start += consumed;
-            let Some(event) = event else { return Ok(progress) };
-            progress = true;
+            let Some(event) = event else { return Ok(()) };
             match event {
                 Event::Data { tag, offset, length } => self.handle_data(tag as usize, offset, length, export)?,
                 Event::Hole { tag, offset, length } => {
@@ -381,7 +380,7 @@ impl Lane<'_> {
                 filled += read;
                 if read == 0 {
                     // New requests go out while a long answer comes in.
-                    self.ask()?;
+                    while self.ask()? {}
                     self.await_peer()?;
                 }
             }

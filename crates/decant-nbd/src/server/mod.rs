@@ -215,15 +215,14 @@ impl Server {
         Ok(())
     }
 
-    /// The header of `length` data bytes at `offset` of a read; they follow it. Without structured replies the whole answer
-    /// is one such header and all of the data; `done` marks the last chunk.
+    /// What answers that come later need of the session.
+    pub fn replier(&self) -> Replier {
+        Replier { structured: self.structured }
+    }
+
+    /// As [`Replier::data`].
     pub fn data(&self, request: &Request, offset: u64, length: u32, done: bool) -> ReplyHeader {
-        if self.structured {
-            ReplyHeader::data(request.cookie, offset, length, done)
-        } else {
-            debug_assert!(done && (offset, length) == (request.offset, request.length), "simple replies have one part");
-            ReplyHeader::simple(request.cookie, None)
-        }
+        self.replier().data(request, offset, length, done)
     }
 
     /// `length` bytes at `offset` of a read are a hole. Only with structured replies.
@@ -245,6 +244,30 @@ impl Server {
             Command::Read { .. } if self.structured => ReplyHeader::chunk(request.cookie, chunk::NONE, true, 0, &[]),
             Command::BlockStatus { .. } => ReplyHeader::chunk(request.cookie, chunk::NONE, true, 0, &[]),
             _ => ReplyHeader::simple(request.cookie, None),
+        }
+    }
+
+    /// As [`Replier::error`].
+    pub fn error(&self, request: &Request, error: ErrorCode, offset: Option<u64>, out: &mut Vec<u8>) {
+        self.replier().error(request, error, offset, out);
+    }
+}
+
+/// Writes answers to reads without the session at hand: they may be given in any order, from any thread.
+#[derive(Debug, Clone, Copy)]
+pub struct Replier {
+    structured: bool,
+}
+
+impl Replier {
+    /// The header of `length` data bytes at `offset` of a read; they follow it. Without structured replies the whole answer
+    /// is one such header and all of the data; `done` marks the last chunk.
+    pub fn data(&self, request: &Request, offset: u64, length: u32, done: bool) -> ReplyHeader {
+        if self.structured {
+            ReplyHeader::data(request.cookie, offset, length, done)
+        } else {
+            debug_assert!(done && (offset, length) == (request.offset, request.length), "simple replies have one part");
+            ReplyHeader::simple(request.cookie, None)
         }
     }
 
