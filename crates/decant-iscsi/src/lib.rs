@@ -14,7 +14,9 @@ pub mod chap;
 mod error;
 pub mod login;
 pub mod pdu;
+pub mod scsi;
 pub mod serial;
+pub mod target;
 pub mod text;
 mod wire;
 
