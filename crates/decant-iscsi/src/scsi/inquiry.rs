@@ -5,7 +5,7 @@ use crate::wire::{Fields, SetFields};
 
 /// Most blocks of one UNMAP, and most descriptors in its list: the list then is 4 KiB.
 pub(super) const MAX_UNMAP_BLOCKS: u32 = 1024 * 1024;
-pub(super) const MAX_UNMAP_DESCRIPTORS: u32 = 255;
+pub(super) const MAX_UNMAP_DESCRIPTORS: u32 = 256;
 /// Most blocks of one WRITE SAME.
 pub(super) const MAX_SAME_BLOCKS: u64 = 1024 * 1024;
 
@@ -101,8 +101,6 @@ fn naa(id: &[u8]) -> [u8; 8] {
 fn block_limits(disk: &Disk) -> Vec<u8> {
     let mut page = [0; 60];
     let physical = 1u32.checked_shl(disk.physical_exponent.into()).unwrap_or(1);
-    // WSNZ: WRITE SAME of "all to the end" is refused.
-    page.set_u8(0, 0x01);
     // OPTIMAL TRANSFER LENGTH GRANULARITY, MAXIMUM and OPTIMAL TRANSFER LENGTH.
     page.set_u16(2, u16::try_from(physical).unwrap_or(1));
     page.set_u32(4, disk.blocks32(disk.max_transfer));

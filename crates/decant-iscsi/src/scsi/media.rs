@@ -118,9 +118,10 @@ fn write_same(context: &Context<'_>, cdb: &[u8; 16]) -> Result<Plan, Sense> {
     }
     check_writable(context)?;
     let (lba, blocks) = range(cdb);
+    // None is all to the end (WSNZ 0).
+    let blocks = if blocks == 0 { disk.blocks.saturating_sub(lba) } else { blocks };
     let (offset, length) = extent(disk, lba, blocks)?;
-    // WSNZ, and MAXIMUM WRITE SAME LENGTH.
-    if blocks == 0 || blocks > MAX_SAME_BLOCKS {
+    if blocks > MAX_SAME_BLOCKS {
         return Err(Sense::invalid_field(length_field(cdb)));
     }
     let zeros = cdb.u8_at(0) == WRITE_SAME_16 && flags & 0x01 != 0;
@@ -229,11 +230,12 @@ pub fn unmap_ranges(disk: &Disk, list: &[u8]) -> Result<Ranges, Sense> {
         if total > MAX_UNMAP_BLOCKS.into() {
             return Err(Sense::invalid_parameter(8));
         }
-        let range = extent(disk, lba, blocks)?;
-        if blocks > 0 {
-            ranges.push(range);
+        // Nothing at the very end is within the disk, unlike with the commands that have an LBA (SBC-3 5.28.2).
+        if blocks > 0 || lba != disk.blocks {
+            ranges.push(extent(disk, lba, blocks)?);
         }
     }
+    ranges.retain(|(_, length)| *length > 0);
     Ok(ranges)
 }
 

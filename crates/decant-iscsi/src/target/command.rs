@@ -2,7 +2,7 @@
 
 use super::control::EXCHANGE_BYTES;
 use super::task::{State, Task};
-use super::{Connection, Outbox, Phase, Sink, Target, TaskId};
+use super::{Arrival, Connection, Outbox, Phase, Sink, Target, TaskId};
 use crate::error::Violation;
 use crate::pdu::{self, Header, NO_TAG, ScsiCommand, TaskAttribute, reject_reason};
 use crate::scsi::{self, Context, Plan, Sense, asc, status};
@@ -26,12 +26,11 @@ impl Connection {
     pub(super) fn handle_header<B: AsRef<[u8]>>(
         &mut self,
         target: &mut Target,
-        header: &Header,
-        bhs: &[u8; pdu::BHS_BYTES],
-        ahs: &[u8],
-        data_length: u32,
+        arrival: &Arrival<'_>,
         out: &mut Outbox<B>,
     ) -> Result<Sink, Violation> {
+        let Arrival { header, bhs, data_length, .. } = arrival;
+        let data_length = *data_length;
         if matches!(self.phase, Phase::Login(_)) {
             return self.login_header(header, out);
         }
@@ -41,7 +40,7 @@ impl Connection {
             Header::TaskRequest(request) => (request.immediate, request.cmd_sn),
             Header::TextRequest(request) => (request.immediate, request.cmd_sn),
             Header::LogoutRequest(request) => (request.immediate, request.cmd_sn),
-            Header::DataOut(data) => return self.data_out_header(data, bhs, data_length, out),
+            Header::DataOut(data) => return self.data_out_header(data, bhs, data_length, target, out),
             Header::Snack(_) => {
                 self.reject(reject_reason::SNACK, bhs, out);
                 return Ok(Sink::Discard);
@@ -60,7 +59,7 @@ impl Connection {
             return Ok(Sink::Discard);
         }
         match header {
-            Header::ScsiCommand(command) => self.command_header(target, command, bhs, ahs, data_length, out),
+            Header::ScsiCommand(command) => self.command_header(target, command, arrival, out),
             Header::NopOut(_) | Header::TextRequest(_) if data_length > EXCHANGE_BYTES => {
                 self.reject(reject_reason::INVALID_FIELD, bhs, out);
                 self.header = None;
@@ -88,11 +87,10 @@ impl Connection {
         &mut self,
         target: &mut Target,
         command: &ScsiCommand,
-        bhs: &[u8; pdu::BHS_BYTES],
-        ahs: &[u8],
-        data_length: u32,
+        arrival: &Arrival<'_>,
         out: &mut Outbox<B>,
     ) -> Result<Sink, Violation> {
+        let Arrival { bhs, ahs, data_length, .. } = *arrival;
         if command.task == NO_TAG || self.find_task(command.task).is_some() {
             self.reject(reject_reason::TASK_IN_PROGRESS, bhs, out);
             return Err(Violation::OutOfPlace("an Initiator Task Tag that is in use"));

@@ -247,6 +247,15 @@ enum Sink {
     Task(usize),
 }
 
+/// A header that has just come.
+#[derive(Debug, Clone, Copy)]
+struct Arrival<'a> {
+    header: Header,
+    bhs: &'a [u8; pdu::BHS_BYTES],
+    ahs: &'a [u8],
+    data_length: u32,
+}
+
 #[derive(Debug)]
 enum Phase {
     Login(Box<Login>),
@@ -452,7 +461,7 @@ impl Connection {
                 };
                 self.collected.clear();
                 self.header = Some((header, *bhs));
-                self.sink = self.handle_header(target, &header, bhs, ahs, data_length, out)?;
+                self.sink = self.handle_header(target, &Arrival { header, bhs, ahs, data_length }, out)?;
                 if data_length == 0 { self.handle_end(target, out).map(|()| None) } else { Ok(None) }
             }
             Unit::Data(data) => match self.sink {

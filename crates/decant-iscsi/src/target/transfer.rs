@@ -24,6 +24,7 @@ impl Connection {
         data: &DataOut,
         bhs: &[u8; pdu::BHS_BYTES],
         length: u32,
+        target: &mut Target,
         out: &mut Outbox<B>,
     ) -> Result<Sink, Violation> {
         let slot = self.find_task(data.task);
@@ -34,8 +35,6 @@ impl Connection {
         };
         let wrong = if task.transfer != Some(data.transfer) {
             Some("Data-Out that was not asked for")
-        } else if data.data_sn != task.data_sn {
-            Some("DataSN out of order")
         } else if data.offset != task.received {
             Some("Data-Out out of order")
         } else if task.received.checked_add(length).is_none_or(|end| end > task.sequence_end) {
@@ -46,6 +45,14 @@ impl Connection {
         if let Some(wrong) = wrong {
             self.reject(reject_reason::PROTOCOL_ERROR, bhs, out);
             return Err(Violation::OutOfPlace(wrong));
+        }
+        if data.data_sn != task.data_sn {
+            // Something of this sequence was lost on the way (7.7): the command fails, the session goes on.
+            self.header = None;
+            self.forget_buffer(slot);
+            let sense = Sense::new(SenseKey::AbortedCommand, asc::CRC_ERROR);
+            self.end_with_sense(slot, &sense, target, out);
+            return Ok(Sink::Discard);
         }
         task.data_sn = task.data_sn.next();
         Ok(Sink::Task(slot))

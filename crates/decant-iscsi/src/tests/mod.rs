@@ -1,4 +1,5 @@
-//! Tests of the crate as a whole.
+//! Tests of what both roles share.
 
 mod golden;
 mod negotiation;
+mod stream;

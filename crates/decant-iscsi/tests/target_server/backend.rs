@@ -10,7 +10,7 @@ use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
 
 /// An outcome that owns what it says.
-pub enum Owned {
+pub(crate) enum Owned {
     Done,
     Data(Vec<u8>),
     Mismatch(u64),
@@ -19,7 +19,7 @@ pub enum Owned {
 }
 
 impl Owned {
-    pub fn as_outcome(&mut self) -> Outcome<'_, Vec<u8>> {
+    pub(crate) fn as_outcome(&mut self) -> Outcome<'_, Vec<u8>> {
         match self {
             Self::Done => Outcome::Done,
             Self::Data(data) => Outcome::Data(std::mem::take(data)),
@@ -31,13 +31,13 @@ impl Owned {
 }
 
 /// What became of a request, and the buffer that came with it.
-pub struct Done {
-    pub outcome: Owned,
-    pub buffer: Option<Vec<u8>>,
+pub(crate) struct Done {
+    pub(crate) outcome: Owned,
+    pub(crate) buffer: Option<Vec<u8>>,
 }
 
 /// Performs one request; `buffer` is the task's, or one to read into.
-pub fn perform(file: &File, request: Request, mut buffer: Vec<u8>) -> Done {
+pub(crate) fn perform(file: &File, request: Request, mut buffer: Vec<u8>) -> Done {
     if let Request::Read { offset, length, fua } = request {
         buffer.resize(length as usize, 0);
         let result = if fua { file.sync_data() } else { Ok(()) };

@@ -3,11 +3,11 @@
 //! One thread for each connection reads, and performs requests itself or hands them to workers. The order of locks is the
 //! connection's machine, then the target.
 
-#![allow(dead_code, missing_docs)]
+#![allow(dead_code)]
 
 mod backend;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io::{ErrorKind, IoSlice, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use decant_iscsi::chap;
 use decant_iscsi::target::{Connection, ConnectionId, Event, Outbox, Request, Target, TaskId};
 
-pub use backend::{Done, perform};
+pub(crate) use backend::{Done, perform};
 
 /// Bytes read at a time; more than the largest header.
 const INPUT_BYTES: usize = 256 * 1024;
@@ -53,7 +53,7 @@ struct Machine {
     /// The buffer of each task that has one.
     buffers: Vec<Vec<u8>>,
     spare: Vec<Vec<u8>>,
-    requests: Vec<(TaskId, Request)>,
+    requests: VecDeque<(TaskId, Request)>,
     closing: bool,
 }
 
@@ -73,12 +73,9 @@ impl Machine {
                 }
                 let (from, at) = (&input[range], offset as usize);
                 let to = &mut buffer[at..at + from.len()];
-                // They are there already if they were read straight to their place.
-                if from.as_ptr() != to.as_ptr() {
-                    to.copy_from_slice(from);
-                }
+                to.copy_from_slice(from);
             }
-            Event::Request { task, request } => self.requests.push((task, request)),
+            Event::Request { task, request } => self.requests.push_back((task, request)),
             Event::Forget(task) => {
                 if let Some(buffer) = self.buffers.get_mut(task.0 as usize) {
                     *buffer = Vec::new();
@@ -120,7 +117,7 @@ impl Link {
     fn perform_requests(&self) {
         loop {
             let mut machine = lock(&self.machine);
-            let Some((task, request)) = machine.requests.pop() else { return };
+            let Some((task, request)) = machine.requests.pop_front() else { return };
             let buffer = match request {
                 Request::Read { .. } => machine.spare.pop().unwrap_or_default(),
                 Request::Fill { .. } => machine.connection.pattern(task).to_vec(),
@@ -147,7 +144,9 @@ impl Link {
         let keep = matches!(request, Request::Write { keep: true, .. });
         match done.buffer {
             Some(buffer) if keep => machine.buffers[task.0 as usize] = buffer,
-            Some(buffer) if matches!(request, Request::Write { .. } | Request::Verify { .. }) => machine.spare.push(buffer),
+            Some(buffer) if matches!(request, Request::Write { .. } | Request::Verify { .. }) => {
+                machine.spare.push(buffer)
+            }
             _ => {}
         }
         machine.connection.complete(&mut target, task, done.outcome.as_outcome(), &mut machine.out);
@@ -205,10 +204,8 @@ impl Link {
         let place = &mut buffer[range.start as usize..range.end as usize];
         let count = (&self.stream).read(place);
         let start = range.start as usize;
-        // The buffer's bytes do not move when it does.
-        let address = buffer[start..].as_ptr();
         lock(&self.machine).buffers[task.0 as usize] = buffer;
-        count.map(|count| Received::Direct(task, start..start + count, address as usize))
+        count.map(|count| Received::Direct(task, start..start + count))
     }
 
     fn feed_direct(&self, task: TaskId, range: std::ops::Range<usize>) -> Result<(), decant_iscsi::Violation> {
@@ -264,8 +261,8 @@ impl Link {
             match received {
                 Ok(Received::Input(0)) => break None,
                 Ok(Received::Input(count)) => end += count,
-                Ok(Received::Direct(_, range, _)) if range.is_empty() => break None,
-                Ok(Received::Direct(task, range, _)) => {
+                Ok(Received::Direct(_, range)) if range.is_empty() => break None,
+                Ok(Received::Direct(task, range)) => {
                     if let Err(violation) = self.feed_direct(task, range) {
                         break Some(violation);
                     }
@@ -298,7 +295,7 @@ impl Link {
 
 enum Received {
     Input(usize),
-    Direct(TaskId, std::ops::Range<usize>, usize),
+    Direct(TaskId, std::ops::Range<usize>),
 }
 
 impl Shared {
@@ -315,7 +312,7 @@ impl Shared {
 }
 
 /// A running target.
-pub struct Server {
+pub(crate) struct Server {
     shared: Arc<Shared>,
     address: SocketAddr,
     acceptor: Option<JoinHandle<()>>,
@@ -323,7 +320,7 @@ pub struct Server {
 
 impl Server {
     /// Serves `target` over `file` at `listener`; with `workers` 0 each connection performs its requests itself.
-    pub fn start(listener: TcpListener, target: Target, file: File, workers: usize, log: bool) -> Self {
+    pub(crate) fn start(listener: TcpListener, target: Target, file: File, workers: usize, log: bool) -> Self {
         let address = listener.local_addr().expect("a listener has an address");
         let shared = Arc::new(Shared {
             target: Mutex::new(target),
@@ -339,17 +336,17 @@ impl Server {
     }
 
     /// Where it listens.
-    pub fn address(&self) -> SocketAddr {
+    pub(crate) fn address(&self) -> SocketAddr {
         self.address
     }
 
     /// The target.
-    pub fn with_target<T>(&self, act: impl FnOnce(&mut Target) -> T) -> T {
+    pub(crate) fn with_target<T>(&self, act: impl FnOnce(&mut Target) -> T) -> T {
         act(&mut lock(&self.shared.target))
     }
 
     /// Serves until the process ends.
-    pub fn wait(mut self) {
+    pub(crate) fn wait(mut self) {
         if let Some(acceptor) = self.acceptor.take() {
             let _ = acceptor.join();
         }
@@ -395,7 +392,7 @@ fn accept(shared: &Arc<Shared>, listener: &TcpListener) {
                 out: Outbox::default(),
                 buffers,
                 spare: Vec::new(),
-                requests: Vec::new(),
+                requests: VecDeque::new(),
                 closing: false,
             }),
             jobs: (shared.workers > 0).then_some(jobs),
