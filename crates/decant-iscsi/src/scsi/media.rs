@@ -176,11 +176,12 @@ pub fn lba_status(disk: &Disk, offset: u64, extents: &[(u64, bool)], allocation:
     let block = u64::from(disk.block_bytes).max(1);
     let mut data = vec![0; 8];
     let mut runs: Vec<(u64, u64, bool)> = Vec::new();
-    let (mut position, mut lba) = (offset, offset / block);
+    let (mut position, mut lba) = (offset, offset.checked_div(block).unwrap_or_default());
     for (length, mapped) in extents {
         position = position.saturating_add(*length);
         // A mapped run ends with the block it ends in, an unmapped one before it.
-        let end = if *mapped { position.div_ceil(block) } else { position / block }.min(disk.blocks);
+        let end = if *mapped { position.div_ceil(block) } else { position.checked_div(block).unwrap_or_default() };
+        let end = end.min(disk.blocks);
         let Some(blocks) = end.checked_sub(lba).filter(|blocks| *blocks > 0) else { continue };
         match runs.last_mut() {
             Some(last) if last.2 == *mapped => last.1 = last.1.saturating_add(blocks),

@@ -132,7 +132,7 @@ pub enum Plan {
         offset: u64,
         /// So much.
         length: u64,
-        /// Whether blocks may be left unmapped if the block is zeros.
+        /// The range is to be unmapped, and then reads as zeros whatever the block.
         unmap: bool,
         /// No block is sent, it is zeros (NDOB).
         zeros: bool,

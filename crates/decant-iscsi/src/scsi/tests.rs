@@ -122,7 +122,7 @@ fn other_luns_say_that_nothing_is_there() {
     let disk = disk();
     let mode = ModeState::default();
     let context = Context { disk: &disk, mode: &mode, is_lun_0: false, port_name: "x" };
-    let mut ask = |cdb: &[u8]| {
+    let ask = |cdb: &[u8]| {
         let mut padded = [0; 16];
         padded[..cdb.len()].copy_from_slice(cdb);
         let mut reply = Vec::new();
@@ -171,7 +171,7 @@ proptest! {
         }
         let (plan, reply) = ask(&disk, &cdb);
         prop_assert!(reply.len() < 4096);
-        let within = |offset: u64, length: u64| offset + length <= disk.bytes() && offset % 4096 == 0 && length % 4096 == 0;
+        let within = |offset: u64, length: u64| offset + length <= disk.bytes() && (offset | length).is_multiple_of(4096);
         match plan {
             Ok(Plan::Read { offset, length, .. } | Plan::Verify { offset, length, .. }) => {
                 prop_assert!(within(offset, length.into()) && length <= disk.max_transfer);

@@ -4,7 +4,7 @@ use super::control::EXCHANGE_BYTES;
 use super::task::{State, Task};
 use super::{Arrival, Connection, Outbox, Phase, Sink, Target, TaskId};
 use crate::error::Violation;
-use crate::pdu::{self, Header, NO_TAG, ScsiCommand, TaskAttribute, reject_reason};
+use crate::pdu::{Header, NO_TAG, ScsiCommand, TaskAttribute, reject_reason};
 use crate::scsi::{self, Context, Plan, Sense, asc, status};
 use crate::serial::Serial;
 

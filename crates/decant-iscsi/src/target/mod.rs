@@ -349,7 +349,7 @@ impl Connection {
     }
 
     /// Deals with the next bytes of the stream; see [`Step`]. Takes nothing while more than [`Limits::outbound_bytes`] are
-    /// to be sent.
+    /// to be sent: the driver sends them, and calls again before it waits for more input.
     ///
     /// # Errors
     /// The peer broke the protocol: send what is in `out` if possible, close, and call [`Self::handle_disconnect`].

@@ -174,7 +174,9 @@ impl Connection {
                 };
                 (length > 0).then_some(Request::Verify { offset, length, compare })
             }
-            Plan::Same { offset, length, unmap, .. } if task.list.iter().all(|byte| *byte == 0) => {
+            // With UNMAP the blocks read as zeros afterwards whatever block was sent: what LIO does and libiscsi's tests
+            // ask for; an initiator that means another pattern does not ask to have it unmapped.
+            Plan::Same { offset, length, unmap, .. } if unmap || task.list.iter().all(|byte| *byte == 0) => {
                 Some(Request::Zero { offset, length, unmap })
             }
             Plan::Same { offset, length, .. } => Some(Request::Fill { offset, length }),

@@ -153,18 +153,19 @@ impl Link {
         machine.poll(self.shared.log);
     }
 
-    /// Sends everything. False: the connection is broken.
-    fn flush(&self) -> bool {
+    /// Sends everything; whether there was something. `None`: the connection is broken.
+    fn flush(&self) -> Option<bool> {
         let mut machine = lock(&self.machine);
         let machine = &mut *machine;
+        let something = !machine.out.is_empty();
         while !machine.out.is_empty() {
             let mut slices = [IoSlice::new(&[]); 64];
             let count = machine.out.slices(&mut slices);
             match (&self.stream).write_vectored(&slices[..count]) {
-                Ok(0) => return false,
+                Ok(0) => return None,
                 Ok(sent) => machine.out.advance(sent),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(_) => return false,
+                Err(_) => return None,
             }
         }
         while let Some(buffer) = machine.out.take_spent() {
@@ -173,7 +174,7 @@ impl Link {
         if machine.closing {
             let _ = self.stream.shutdown(std::net::Shutdown::Both);
         }
-        true
+        Some(something)
     }
 
     fn wake(&self) {
@@ -234,24 +235,26 @@ impl Link {
         let (mut start, mut end) = (0, 0);
         let began = Instant::now();
         let ended = loop {
-            match self.feed(&input[start..end]) {
-                Ok(consumed) => start += consumed,
+            let consumed = match self.feed(&input[start..end]) {
+                Ok(consumed) => consumed,
                 Err(violation) => break Some(violation),
-            }
+            };
+            start += consumed;
             self.perform_requests();
             self.shared.wake_others(self);
-            if !self.flush() || lock(&self.machine).closing {
+            let Some(sent) = self.flush() else { break None };
+            if lock(&self.machine).closing {
                 break None;
+            }
+            if start < end && (consumed > 0 || sent) {
+                // Nothing is taken while too much is to be sent; now there is room again.
+                continue;
             }
             if start == end {
                 (start, end) = (0, 0);
             } else if start > 0 {
                 input.copy_within(start..end, 0);
                 (start, end) = (0, end - start);
-            }
-            if end == input.len() {
-                // Nothing is taken while too much is to be sent; all of that has been sent now.
-                continue;
             }
             let received = if end == 0 {
                 self.receive(&mut input)

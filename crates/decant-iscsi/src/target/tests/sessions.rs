@@ -67,7 +67,8 @@ fn chap_lets_in_who_knows_the_secret() {
 #[test]
 fn chap_keeps_out_who_does_not() {
     let failed = Err(crate::Violation::LoginRefused { status: crate::login::Status::AUTHENTICATION_FAILURE });
-    let cases: [&dyn Fn(u8, &[u8]) -> String; 5] = [
+    type Answer<'a> = &'a dyn Fn(u8, &[u8]) -> String;
+    let cases: [Answer<'_>; 5] = [
         &|id, challenge| proof(id, challenge, "a secret of some lengtH"),
         &|id, challenge| proof(id, challenge, "a secret of some length").replace("the initiator", "somebody"),
         &|_, _| "CHAP_N=the initiator\0".into(),
