@@ -222,12 +222,10 @@ pub fn to_hexadecimal(bytes: &[u8]) -> String {
     text
 }
 
-/// Whether this is an iSCSI name (4.2.7, RFC 3722): `iqn.`, `eui.` or `naa.`, at most 223 bytes, in the characters that
-/// names have after normalisation.
+/// Whether this is an iSCSI name (4.2.7, RFC 3722): `iqn.`, `eui.` or `naa.`, at most 223 bytes. Upper case is let pass,
+/// which normalisation would have made lower case: compare names with that in mind.
 pub fn is_name(name: &str) -> bool {
     let kind = name.get(..4).is_some_and(|kind| matches!(kind, "iqn." | "eui." | "naa."));
-    let visible = |c: char| {
-        c.is_ascii_lowercase() || c.is_ascii_digit() || "-.:".contains(c) || (!c.is_ascii() && c.is_alphanumeric())
-    };
+    let visible = |c: char| c.is_alphanumeric() || "-.:".contains(c);
     kind && name.len() > 4 && name.len() <= 223 && name.chars().all(visible)
 }

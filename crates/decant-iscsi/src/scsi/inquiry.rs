@@ -79,7 +79,8 @@ fn identification(context: &Context<'_>) -> Vec<u8> {
     designator([0x01, 0x03, 0], &naa(&id));
     designator([0x61, 0x94, 0], &[0, 0, 0, 1]);
     designator([0x61, 0x95, 0], &[0, 0, 0, 1]);
-    let mut name = context.port_name.as_bytes().to_vec();
+    // The port's name is the target's with its portal group (RFC 7143 4.4.1).
+    let mut name = format!("{},t,0x{:04x}", context.target_name, context.portal_group).into_bytes();
     // SCSI name string: ended by a zero byte, padded to four.
     name.push(0);
     name.resize(name.len().next_multiple_of(4), 0);

@@ -192,8 +192,10 @@ pub struct Context<'a> {
     pub mode: &'a ModeState,
     /// Whether the addressed LUN is LUN 0; on any other only INQUIRY, REPORT LUNS and REQUEST SENSE are answered.
     pub is_lun_0: bool,
-    /// Name of the target port, for VPD page 83: the target's name with `,t,0x0001`.
-    pub port_name: &'a str,
+    /// The target's name and portal group, which name its port in VPD page 83.
+    pub target_name: &'a str,
+    /// TargetPortalGroupTag.
+    pub portal_group: u16,
 }
 
 /// Whether a command is answered although a unit attention is pending (SAM-5 5.14), or another session has the

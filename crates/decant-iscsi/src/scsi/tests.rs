@@ -23,7 +23,8 @@ fn ask(disk: &Disk, cdb: &[u8]) -> (Result<Plan, Sense>, Vec<u8>) {
     padded[..cdb.len()].copy_from_slice(cdb);
     let mut reply = Vec::new();
     let mode = ModeState::default();
-    let context = Context { disk, mode: &mode, is_lun_0: true, port_name: "iqn.2026-11.dev.decant:x,t,0x0001" };
+    let context =
+        Context { disk, mode: &mode, is_lun_0: true, target_name: "iqn.2026-11.dev.decant:x", portal_group: 1 };
     (plan(&context, &padded, &mut reply), reply)
 }
 
@@ -121,7 +122,7 @@ fn mode_select_takes_what_can_be_changed_and_nothing_else() {
 fn other_luns_say_that_nothing_is_there() {
     let disk = disk();
     let mode = ModeState::default();
-    let context = Context { disk: &disk, mode: &mode, is_lun_0: false, port_name: "x" };
+    let context = Context { disk: &disk, mode: &mode, is_lun_0: false, target_name: "x", portal_group: 1 };
     let ask = |cdb: &[u8]| {
         let mut padded = [0; 16];
         padded[..cdb.len()].copy_from_slice(cdb);

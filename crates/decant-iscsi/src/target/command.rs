@@ -156,8 +156,13 @@ impl Connection {
         {
             return Err(Sense::attention(asc));
         }
-        let port = format!("{},t,0x{:04x}", target.config.name, target.config.portal_group);
-        let context = Context { disk: target.disk(), mode: target.mode(), is_lun_0, port_name: &port };
+        let context = Context {
+            disk: target.disk(),
+            mode: target.mode(),
+            is_lun_0,
+            target_name: &target.config.name,
+            portal_group: target.config.portal_group,
+        };
         let plan = scsi::plan(&context, &command.cdb, &mut self.scratch)?;
         if let Plan::RequestSense { descriptor, allocation } = plan {
             let attention = target.take_attention(self.id).map(Sense::attention);

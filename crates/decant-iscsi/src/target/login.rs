@@ -73,13 +73,14 @@ impl Login {
         };
         match pairs.value("TargetName") {
             None if !self.discovery => return Err(Status::MISSING_PARAMETER),
-            Some(name) if name != target.config.name => return Err(Status::NOT_FOUND),
+            Some(name) if !name.eq_ignore_ascii_case(&target.config.name) => return Err(Status::NOT_FOUND),
             _ => {}
         }
-        let fits = |access: &&Access| access.initiator.as_deref().is_none_or(|name| name == initiator);
+        let fits =
+            |access: &&Access| access.initiator.as_deref().is_none_or(|name| name.eq_ignore_ascii_case(initiator));
         let access = target.config.access.iter().find(fits).ok_or(Status::AUTHORIZATION_FAILURE)?;
         self.access = Some(access.clone());
-        self.initiator = initiator.to_owned();
+        self.initiator = initiator.to_ascii_lowercase();
         self.negotiation = Some(Negotiation::new(target.config.offer.clone(), self.discovery));
         if access.chap.is_none() {
             self.proof = Proof::Done;

@@ -151,7 +151,9 @@ fn numbers_and_binaries_are_read_in_every_spelling() {
     }
     assert_eq!(binary("0x0102", 1), None);
     assert!(is_name("iqn.2026-11.dev.decant:x") && is_name("eui.02004567A425678D".to_lowercase().as_str()));
-    assert!(!is_name("iqn.") && !is_name("iqn.A") && !is_name("disk") && !is_name(&format!("iqn.{}", "a".repeat(230))));
+    assert!(
+        !is_name("iqn.") && !is_name("iqn.a b") && !is_name("disk") && !is_name(&format!("iqn.{}", "a".repeat(230)))
+    );
 }
 
 #[test]
