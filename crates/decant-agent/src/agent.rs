@@ -33,6 +33,9 @@ const LOG_MAX: u64 = 50_000;
 /// How long a driver may take to say how a machine stands before the API answers without it.
 const STATUS_PATIENCE: Duration = Duration::from_millis(300);
 
+/// How long requests that are under way at the end are waited for; ten times what a list takes.
+const LAST_REQUESTS: Duration = Duration::from_secs(2);
+
 /// An agent cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -93,6 +96,8 @@ pub(crate) struct Agent {
     pub(crate) health: Health,
     pub(crate) clock: Arc<Clock>,
     pub(crate) admission: Arc<Admission>,
+    /// The last field, so that it goes after the journal: [`Running::stop`] sees by it that the journal is closed.
+    _gone: mpsc::Sender<()>,
 }
 
 /// A running agent. Dropping it ends it as a crash would; machines run on either way.
@@ -101,6 +106,7 @@ pub struct Running {
     tasks: JoinSet<()>,
     failed: watch::Receiver<Option<String>>,
     core: Option<std::thread::JoinHandle<()>>,
+    gone: mpsc::Receiver<()>,
     _lock: File,
 }
 
@@ -151,6 +157,7 @@ impl Running {
             survivors,
         };
         let (core, thread) = core::start(parts).map_err(StartError::Thread)?;
+        let (gone_sender, gone) = mpsc::channel(1);
         let agent = Arc::new(Agent {
             routes: Routes::new(config.clone(), rows.clone(), peers.clone()),
             statuses: Statuses::new(world.plane.clone()),
@@ -164,6 +171,7 @@ impl Running {
             peers,
             clock,
             admission,
+            _gone: gone_sender,
         });
         let mut tasks = JoinSet::new();
         tasks.spawn(agent.peers.clone().carry(outbox));
@@ -174,7 +182,7 @@ impl Running {
         tasks.spawn(server::serve_tls(agent.clone(), listener));
         agent.peers.watch(&mut tasks, &agent.core, &agent.rows, &agent.clock);
         agent.note("agent.started", format!("the agent of {} has started", agent.config.worker));
-        Ok(Self { agent, tasks, failed, core: Some(thread), _lock: lock })
+        Ok(Self { agent, tasks, failed, core: Some(thread), gone, _lock: lock })
     }
 
     /// Completes if the journal fails: nothing can be decided any more.
@@ -195,17 +203,10 @@ impl Running {
             let _ = tokio::task::spawn_blocking(move || core.join()).await;
         }
         let _ = std::fs::remove_file(self.agent.config.socket());
-        // Requests that were under way let the journal go one after another; one that hangs is not waited for.
-        let journal = self.agent.journal.clone();
+        // Requests that are under way hold the agent and with it the journal; one that hangs is not waited for.
+        let mut gone = std::mem::replace(&mut self.gone, mpsc::channel(1).1);
         drop(self);
-        for _ in 0..400 {
-            if Arc::strong_count(&journal) == 1 {
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        // Closed by this thread if it is the last to have it, so that it is closed when this returns.
-        drop(journal);
+        let _ = tokio::time::timeout(LAST_REQUESTS, gone.recv()).await;
     }
 
     /// The API's socket.

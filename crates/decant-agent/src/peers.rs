@@ -31,7 +31,7 @@ const POLL: Duration = Duration::from_secs(1);
 const POLL_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a message may take.
 const SEND_PATIENCE: Duration = Duration::from_secs(5);
-/// Pauses before a message is tried again. The row sends it again in any case.
+/// Pauses before a message is tried again: a peer that is not there tells nobody when it is. The row sends it again in any case.
 const PAUSES: [Duration; 2] = [Duration::from_millis(20), Duration::from_millis(200)];
 
 /// Several messages in one request.

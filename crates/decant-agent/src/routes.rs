@@ -22,8 +22,12 @@ use crate::view;
 const MAX_HOPS: usize = 4;
 /// How long a peer may take beyond the wait that it was asked for.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Between questions while nobody knows.
+/// Between two questions that were answered at once and brought nothing new: nobody holds such an answer back (nobody knows the
+/// machine, or whoever should has forgotten it), and asking without a pause would cost two agents a core each. The first
+/// pause; each further one is twice as long, up to [`LONGEST_PAUSE`].
 const PAUSE: Duration = Duration::from_millis(25);
+/// So much later than it happens a change may be seen, where nobody can tell that it has.
+const LONGEST_PAUSE: Duration = Duration::from_millis(200);
 
 /// Answers.
 pub(crate) struct Routes {
@@ -57,15 +61,18 @@ impl Routes {
         let deadline = Instant::now() + wait;
         // The first answer comes at once; then whoever gave it is asked to tell when it changes.
         let mut route = self.ask(machine, None, Duration::ZERO).await;
+        let mut pause = PAUSE;
         while !is_news(&route, known) {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            let begun = Instant::now();
+            if begun >= deadline {
                 break;
             }
             let before = known_of(&route);
-            route = self.ask(machine, Some(&before), left).await;
-            if route.state == RouteState::Unknown {
-                tokio::time::sleep(PAUSE.min(left)).await;
+            route = self.ask(machine, Some(&before), deadline - begun).await;
+            if known_of(&route) == before {
+                // One that was held back has had its pause.
+                tokio::time::sleep_until((begun + pause).min(deadline)).await;
+                pause = (pause * 2).min(LONGEST_PAUSE);
             }
         }
         route
@@ -94,11 +101,11 @@ impl Routes {
                 return best.unwrap_or_else(|| unknown(machine));
             }
         }
-        self.ask_all(machine, best, known, wait).await
+        self.ask_all(machine, best).await
     }
 
     /// Nobody who should know does: everybody is asked, and the highest epoch is right.
-    async fn ask_all(&self, machine: &MachineId, best: Option<Route>, known: Option<&Known>, wait: Duration) -> Route {
+    async fn ask_all(&self, machine: &MachineId, best: Option<Route>) -> Route {
         let answers = self.peers.all().map(|peer| async move {
             (peer.config.worker.clone(), self.ask_peer(peer, machine, None, Duration::ZERO).await)
         });
@@ -110,12 +117,7 @@ impl Routes {
         let Some((worker, route)) =
             found.filter(|(_, route)| best.as_ref().is_none_or(|best| route.epoch >= best.epoch))
         else {
-            let route = best.unwrap_or_else(|| unknown(machine));
-            // Nobody to ask for a change: the next round comes after a pause.
-            if known == Some(&known_of(&route)) {
-                tokio::time::sleep(PAUSE.min(wait)).await;
-            }
-            return route;
+            return best.unwrap_or_else(|| unknown(machine));
         };
         self.remember(machine, &worker);
         route

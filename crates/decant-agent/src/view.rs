@@ -222,7 +222,7 @@ fn progress(row: &Row, seen: &Seen<'_>) -> Option<api::Progress> {
     row.volume.as_ref()?;
     let (low, high) = seen.rates;
     let progress = decant_drain::progress(row, clone, low, high)?;
-    let eta = progress.eta.earliest_s.zip(progress.eta.latest_s);
+    let eta = progress.eta.earliest_ms.zip(progress.eta.latest_ms);
     Some(api::Progress {
         bytes_total: progress.bytes_live.0,
         bytes_done: progress.bytes_done.0,
@@ -230,7 +230,7 @@ fn progress(row: &Row, seen: &Seen<'_>) -> Option<api::Progress> {
         exposure_bytes: progress.exposure.0,
         rate_bytes_per_s: progress.rate.0,
         parked_reads: clone.map_or(0, |clone| clone.parked_reads),
-        eta: eta.map(|(low, high)| api::Eta { low_ms: low * 1000, high_ms: high * 1000 }),
+        eta: eta.map(|(low_ms, high_ms)| api::Eta { low_ms, high_ms }),
     })
 }
 
@@ -252,7 +252,6 @@ pub(crate) fn merge(one: api::Migration, other: api::Migration) -> api::Migratio
         timings: api::Timings {
             boot_ms: d.boot_ms,
             hydration_ms: d.hydration_ms,
-            verify_ms: d.verify_ms,
             prepare_ms: s.prepare_ms,
             stop_ms: s.stop_ms,
             seal_ms: s.seal_ms,

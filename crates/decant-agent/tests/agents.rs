@@ -2,6 +2,8 @@
 
 mod fake;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use decant_agent::client::ClientError;
@@ -225,6 +227,68 @@ async fn a_route_is_held_back_until_it_changes() {
         assert!(seen.len() < 10, "{seen:?}");
     }
     assert!(seen.iter().all(|(.., address)| address.is_some()), "{seen:?}");
+}
+
+/// A relay that counts the bytes it carries to `to`.
+fn counted(to: std::net::SocketAddr, count: Arc<AtomicU64>) -> std::net::SocketAddr {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    listener.set_nonblocking(true).expect("set");
+    let address = listener.local_addr().expect("an address");
+    tokio::spawn(async move {
+        let listener = tokio::net::TcpListener::from_std(listener).expect("a listener");
+        while let Ok((mut near, _)) = listener.accept().await {
+            let count = count.clone();
+            tokio::spawn(async move {
+                use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+                let Ok(mut far) = tokio::net::TcpStream::connect(to).await else { return };
+                let (mut near_read, mut near_write) = near.split();
+                let (mut far_read, mut far_write) = far.split();
+                let out = async {
+                    let mut buffer = [0; 4096];
+                    while let Ok(bytes @ 1..) = near_read.read(&mut buffer).await {
+                        count.fetch_add(bytes as u64, Ordering::Relaxed);
+                        if far_write.write_all(&buffer[..bytes]).await.is_err() {
+                            return;
+                        }
+                    }
+                };
+                tokio::select! {
+                    () = out => {}
+                    _ = tokio::io::copy(&mut far_read, &mut near_write) => {}
+                }
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_was_removed_keeps_nobody_busy() {
+    let count = Arc::new(AtomicU64::new(0));
+    let fleet = Fleet::start_behind(|_, address| counted(address, count.clone())).await;
+    let machine = fleet.run("web", false).await;
+    let migration = fleet.start_move(&machine, "m-1").await;
+    fleet.wait_over(&migration).await;
+    fleet.wait_running("worker-2", &machine).await;
+    // Worker-1 goes on to say that it went to worker-2, which has forgotten it.
+    fleet.client("worker-2").delete(&path::remove_machine(&machine, false)).await.expect("removed");
+    retry_until("it is gone", || async {
+        let machines: Listing<Machine> = fleet.client("worker-2").get(&path::machines(Scope::Local)).await.ok()?;
+        machines.items.is_empty().then_some(())
+    })
+    .await;
+    for worker in ["worker-1", "worker-2", "worker-3"] {
+        let client = fleet.client(worker);
+        let route: Route = client.get(&path::route(&machine, 0)).await.expect("a route");
+        let known = path::KnownRoute { state: route.state, epoch: route.epoch, worker: route.worker.clone() };
+        let (before, begun) = (count.load(Ordering::Relaxed), Instant::now());
+        let same: Route = client.get(&path::route_if_changed(&machine, 1_500, Some(&known))).await.expect("a route");
+        assert_eq!(same, route, "{worker}");
+        assert!(begun.elapsed() >= Duration::from_millis(1_495), "{worker}: {:?}", begun.elapsed());
+        // Some ten questions to each of two peers, and what they ask each other anyhow, once a second.
+        let asked = count.load(Ordering::Relaxed) - before;
+        assert!(asked < 64 << 10, "{worker} sent {asked} bytes to learn nothing");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -457,7 +521,11 @@ async fn a_stopped_machine_stays_stopped_and_can_be_removed() {
     assert!(fleet.world.runners(&machine).is_empty());
     client.post::<Machine>(&action("start"), &Empty {}).await.expect("start");
     fleet.wait_running("worker-1", &machine).await;
-    client.delete(&path::machine(&machine)).await.expect("removed");
+    // Not by the way: its volume goes with it.
+    let refused = client.delete(&path::machine(&machine)).await.expect_err("not asked to remove the volume");
+    assert!(matches!(&refused, ClientError::Api(body) if body.code == decant_api::Code::NeedsForce), "{refused:?}");
+    fleet.wait_running("worker-1", &machine).await;
+    client.delete(&path::remove_machine(&machine, true)).await.expect("removed");
     retry_until("it is gone, and its volume", || async {
         let machines: Listing<Machine> = client.get(&path::machines(Scope::Local)).await.ok()?;
         let volumes: Listing<Volume> = client.get(&path::volumes(Scope::Local)).await.ok()?;

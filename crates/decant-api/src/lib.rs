@@ -16,7 +16,7 @@
 //! | `GET /v1/machines?scope=` | | [`Listing`] of [`Machine`] |
 //! | `POST /v1/machines` | [`RunMachine`] | [`Machine`] |
 //! | `GET /v1/machines/{machine}` | | [`Machine`] |
-//! | `DELETE /v1/machines/{machine}` | | [`Empty`] |
+//! | `DELETE /v1/machines/{machine}?with_volume=` | | [`Empty`] |
 //! | `POST /v1/machines/{machine}/stop`, `…/start` | [`Empty`] | [`Machine`] |
 //! | `POST /v1/machines/{machine}/move` | [`MoveMachine`] | [`Migration`] |
 //! | `POST /v1/machines/{machine}/reclaim` | [`Reclaim`] | [`Reclaimed`] |

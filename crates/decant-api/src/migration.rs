@@ -109,12 +109,9 @@ pub struct Timings {
     /// From the durable acceptance until the machine was up, health check included (destination).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot_ms: Option<u64>,
-    /// From the acceptance until every block was here (destination).
+    /// From the acceptance until every block was here and compared (destination).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hydration_ms: Option<u64>,
-    /// From there until it was verified (destination).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub verify_ms: Option<u64>,
 }
 
 /// How far the volume is, in bytes of payload.

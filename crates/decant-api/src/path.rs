@@ -51,6 +51,11 @@ pub fn machine(machine: &MachineId) -> String {
     format!("/v1/machines/{machine}")
 }
 
+/// One machine, to remove it: with its volume, or only if it has none.
+pub fn remove_machine(machine: &MachineId, with_volume: bool) -> String {
+    format!("/v1/machines/{machine}?with_volume={with_volume}")
+}
+
 /// An action on a machine: `stop`, `start`, `move`, `reclaim`.
 pub fn machine_action(machine: &MachineId, action: &str) -> String {
     format!("/v1/machines/{machine}/{action}")

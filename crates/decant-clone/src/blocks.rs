@@ -216,13 +216,20 @@ impl BlockMap {
         }
     }
 
-    /// The first run of blocks in `state` within `range`.
+    /// The first run of blocks in `state` within `range`. Its cost grows with what is live there, not with the volume.
     pub fn next_in(&self, range: Range<u64>, state: State) -> Option<Range<u64>> {
+        if self.counts[state as usize] == 0 {
+            return None;
+        }
         let mut at = range.start;
         let end = range.end.min(self.shape.blocks());
         let start = loop {
             if at >= end {
                 return None;
+            }
+            if state.is_origins() {
+                // Only what was live at the seal can be missing or fetched; the rest of a huge volume is not looked at.
+                at = self.live.overlapping(at..end).next()?.start;
             }
             let page = self.shape.page_blocks(at / self.shape.blocks_per_page());
             if let Some(found) = self.scan(at..page.end.min(end), state, true) {
@@ -296,13 +303,14 @@ impl BlockMap {
             if run == blocks {
                 self.mark_page(page, to);
             } else {
-                run.for_each(|block| {
+                // Most of a trim's blocks are discarded already, and this happens with the clone locked.
+                let mut from = run.start;
+                while let Some(block) = self.scan(from..run.end, to, false) {
                     let was = self.entry(block).state;
-                    if was != to {
-                        self.set(block, Entry::of(to));
-                        self.touch(block, was.is_origins());
-                    }
-                });
+                    self.set(block, Entry::of(to));
+                    self.touch(block, was.is_origins());
+                    from = block + 1;
+                }
             }
         }
     }

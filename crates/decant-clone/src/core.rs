@@ -20,7 +20,7 @@ use std::time::Duration;
 use decant_base::{BLOCK, ExtentSet};
 
 use crate::blocks::{BlockMap, State};
-use crate::demand::{Parked, Streams, Waiting};
+use crate::demand::{Parked, STALLED_AFTER, STALLED_READS, Streams, Waiting};
 use crate::file::MapFile;
 use crate::marks::{Mark, MarkKind};
 use crate::pace::{Pace, Sent};
@@ -29,6 +29,10 @@ use crate::shape::SECTORS_PER_BLOCK;
 
 /// A block that the origin cannot read is tried again after this.
 const RETRY: Duration = Duration::from_secs(1);
+/// A boot is over when no read found a block missing for so long.
+const BOOT_QUIET: Duration = Duration::from_millis(150);
+/// The hydration waits for a boot no longer than this, however many reads it takes.
+const BOOT_LONGEST: Duration = Duration::from_secs(1);
 
 /// Names a write between its begin and its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,7 +118,8 @@ impl<W> Default for Arrival<W> {
 pub enum NotParked<W> {
     /// All of it is here by now: read the file.
     Here(W),
-    /// Policy says EIO while the origin is away.
+    /// Policy says EIO while the origin is away; or so many reads wait for an origin that is silent that one more would be in the
+    /// way of writes ([`STALLED_READS`]).
     Refused(W),
     /// More reads wait than any front end sends.
     Full(W),
@@ -125,6 +130,13 @@ struct Writing {
     id: u64,
     sectors: Range<u64>,
     kind: Kind,
+}
+
+/// A boot under way: the hydration keeps out of its way until `quiet`, which each read that waits puts off, at most to `end`.
+#[derive(Debug, Clone, Copy)]
+struct Boot {
+    quiet: Duration,
+    end: Duration,
 }
 
 #[derive(Debug)]
@@ -146,6 +158,10 @@ pub struct CloneCore<W> {
     bulk_in_flight: u64,
     bulk_fetches: usize,
     parked: Parked<W>,
+    /// Since when more than [`STALLED_READS`] wait and nothing comes.
+    crowded: Option<Duration>,
+    /// Reads failed because of that, since something came last.
+    shed: u64,
     streams: Streams,
     hot: VecDeque<Range<u64>>,
     cursor: u64,
@@ -162,6 +178,7 @@ pub struct CloneCore<W> {
     link_since: Duration,
     no_room_until: Option<Duration>,
     hydrate: bool,
+    boot: Option<Boot>,
     next_id: u64,
     next_mark: u64,
 }
@@ -179,6 +196,8 @@ impl<W> CloneCore<W> {
             bulk_in_flight: 0,
             bulk_fetches: 0,
             parked: Parked::new(),
+            crowded: None,
+            shed: 0,
             streams: Streams::default(),
             hot: VecDeque::new(),
             cursor: 0,
@@ -195,6 +214,7 @@ impl<W> CloneCore<W> {
             link_since: now,
             no_room_until: None,
             hydrate: true,
+            boot: None,
             next_id: 0,
             next_mark: 0,
         }
@@ -236,13 +256,49 @@ impl<W> CloneCore<W> {
         if !self.connected && self.eio_when_away {
             return Err(NotParked::Refused(waiter));
         }
+        if self.shed > 0 && self.parked.len() >= STALLED_READS {
+            self.shed += 1;
+            return Err(NotParked::Refused(waiter));
+        }
         self.parked.push(sectors.clone(), waiter).map_err(NotParked::Full)?;
+        if self.parked.len() > STALLED_READS {
+            self.crowded.get_or_insert(now);
+        }
         let blocks = blocks_of(&sectors);
         let ahead = self.streams.ahead(&blocks);
         self.pace.foreground(now);
+        if let Some(boot) = &mut self.boot {
+            boot.quiet = now + BOOT_QUIET;
+        }
         self.heat(blocks.start);
         self.demand(now, blocks.start..(blocks.end + ahead).min(self.map.shape().blocks()), plans);
         Ok(())
+    }
+
+    /// Fails the reads beyond [`STALLED_READS`] that came last, if nothing has come from the origin for [`STALLED_AFTER`]; to be
+    /// called when [`CloneCore::stalls_at`] says so. Returns whether these are the first since something came.
+    pub fn shed_reads(&mut self, now: Duration, failed: &mut Vec<Waiting<W>>) -> bool {
+        if self.stalls_at().is_none_or(|at| now < at) {
+            return false;
+        }
+        let before = failed.len();
+        self.parked.shed(STALLED_READS, failed);
+        let first = self.shed == 0;
+        self.shed += (failed.len() - before) as u64;
+        self.crowded = None;
+        first
+    }
+
+    /// When reads are to fail for want of tags, if nothing comes from the origin until then.
+    pub fn stalls_at(&self) -> Option<Duration> {
+        (self.parked.len() > STALLED_READS).then_some(self.crowded? + STALLED_AFTER)
+    }
+
+    /// Something came from the origin.
+    fn heard(&mut self, now: Duration) {
+        self.last_arrival = now;
+        self.shed = 0;
+        self.crowded = self.crowded.map(|_| now);
     }
 
     /// How many reads wait.
@@ -363,7 +419,7 @@ impl<W> CloneCore<W> {
         let bytes = bytes.end - bytes.start;
         self.fetched_bytes += bytes;
         self.rate.add(now, bytes);
-        self.last_arrival = now;
+        self.heard(now);
         if let Some(fetch) = self.tokens.get(&token).and_then(|start| self.in_flight.get_mut(start)) {
             self.pace.arrived(now, &mut fetch.sent, bytes);
         }
@@ -475,6 +531,12 @@ impl<W> CloneCore<W> {
         self.hydrate = on;
     }
 
+    /// A machine is about to boot: until its reads have come, for a second at most, nothing is fetched but what they wait for
+    /// and what lies around it. The interruption is those reads; the rest has time.
+    pub fn expect_boot(&mut self, now: Duration) {
+        self.boot = Some(Boot { quiet: now + BOOT_QUIET, end: now + BOOT_LONGEST });
+    }
+
     /// The local file has no room: the hydration pauses for `pause`, then tries again.
     pub fn no_room(&mut self, now: Duration, pause: Duration) {
         self.no_room_until = Some(now + pause);
@@ -521,6 +583,7 @@ impl<W> CloneCore<W> {
             no_room: self.no_room_until.is_some(),
             unreadable: self.retry.iter().filter(|(_, due)| *due > now).map(|(range, _)| range.end - range.start).sum(),
             parked: self.parked.len(),
+            shed: self.shed,
             rate,
             best_rate: self.best_rate,
             limit: self.pace.limit(),

@@ -1,9 +1,15 @@
 //! Reads that wait for the origin, and what to fetch ahead of them.
 
 use std::ops::Range;
+use std::time::Duration;
 
-/// Loop has 128 tags, so that about this many parked reads leave room for writes and flushes; more is shown as STALLED.
+/// So many reads may wait for an origin for as long as it takes. A loop device has 128 tags and no scheduler keeps some of them
+/// for writes (the limits of kyber, mq-deadline and bfq are for everything but synchronous reads), so that with all tags taken by
+/// reads that wait no write, no flush and no `sync` of the whole host would ever end. 32 remain for those.
 pub const STALLED_READS: usize = 96;
+/// Beyond [`STALLED_READS`], reads fail once nothing came from the origin for so long: what a peer that owes an answer is given,
+/// so that a connection that breaks and is made again costs no read.
+pub const STALLED_AFTER: Duration = Duration::from_secs(10);
 /// More than any front end sends: a bound, not a working point.
 pub const MAX_PARKED: usize = 1024;
 /// The first read-ahead of a sequential reader, 32 KiB.
@@ -63,6 +69,11 @@ impl<W> Parked<W> {
                 index += 1;
             }
         }
+    }
+
+    /// Moves those that came last to `out`, until `most` are left.
+    pub fn shed(&mut self, most: usize, out: &mut Vec<Waiting<W>>) {
+        out.extend(self.reads.drain(most.min(self.reads.len())..));
     }
 
     /// What they wait for.

@@ -87,6 +87,8 @@ pub struct Facts {
     pub unreadable: u64,
     /// Reads that wait.
     pub parked: usize,
+    /// Reads that failed because too many wait.
+    pub shed: u64,
     /// The rate now.
     pub rate: u64,
     /// The best rate seen.
@@ -110,6 +112,12 @@ impl Facts {
         }
         if self.no_room {
             return "STALLED: no room on this worker; hydration is paused, the origin is kept; free space and it goes on".into();
+        }
+        if self.shed > 0 {
+            return format!(
+                "STALLED: nothing from the origin, {} reads wait and {} more failed, so that writes go on",
+                self.parked, self.shed
+            );
         }
         if !self.connected {
             let what = if self.link.is_empty() { "no session yet" } else { &self.link };
@@ -164,7 +172,11 @@ mod tests {
         assert_eq!(base.hindrance(), "");
         check(Facts { no_room: true, ..base.clone() }, "STALLED");
         check(Facts { connected: false, ..base.clone() }, "STALLED");
-        check(Facts { parked: 97, ..base.clone() }, "STALLED");
+        check(Facts { parked: 97, ..base.clone() }, "STALLED: 97 reads wait");
+        check(
+            Facts { parked: 96, shed: 3, ..base.clone() },
+            "STALLED: nothing from the origin, 96 reads wait and 3 more",
+        );
         check(Facts { silent: Duration::from_secs(4), ..base.clone() }, "STALLED");
         check(Facts { limit: Some(100), ..base.clone() }, "THROTTLED");
         check(Facts { rate: 5, ..base.clone() }, "SLOW");

@@ -90,6 +90,7 @@ struct Early {
     reads: Vec<(Range<u64>, Waiter)>,
     limit: Option<u64>,
     eio: bool,
+    boot: bool,
     link: Option<(bool, String)>,
 }
 
@@ -223,17 +224,26 @@ impl Engine {
             Ok(bytes) => bytes,
             Err(error) => return sink.complete(Err(error)),
         };
-        let mut plans = Vec::new();
+        let (mut plans, mut crowded) = (Vec::new(), false);
         let outcome = match &mut *lock(&self.life) {
             Life::Plain => Err(NotParked::Here(sink)),
             Life::Prepared(early) => {
                 early.reads.push((bytes.clone(), sink));
                 Ok(())
             }
-            Life::Clone(core) => core.park(self.now(), sectors(&bytes), sink, &mut plans),
+            Life::Clone(core) => {
+                let outcome = core.park(self.now(), sectors(&bytes), sink, &mut plans);
+                crowded = core.stalls_at().is_some();
+                outcome
+            }
         };
         match outcome {
-            Ok(()) => self.send(&plans),
+            Ok(()) => {
+                self.send(&plans);
+                if crowded {
+                    self.wake_pump();
+                }
+            }
             Err(NotParked::Here(sink)) => self.serve(&bytes, sink),
             Err(NotParked::Refused(sink) | NotParked::Full(sink)) => sink.complete(Err(Errno::IO)),
         }
@@ -396,6 +406,13 @@ impl Engine {
         let count = failed.len();
         failed.into_iter().for_each(|sink| sink.complete(Err(Errno::IO)));
         count
+    }
+
+    /// A machine boots as soon as the clone begins: the hydration lets its reads go first.
+    pub fn expect_boot(&self) {
+        if let Life::Prepared(early) = &mut *lock(&self.life) {
+            early.boot = true;
+        }
     }
 
     /// Limits the hydration to bytes per second, or lifts the limit.

@@ -88,7 +88,7 @@ fn run() -> std::io::Result<ExitCode> {
     }
     // A process group leader cannot; then it has no terminal to lose either.
     let _ = rustix::process::setsid();
-    process::leave_cgroup(spec.site.worker.as_str(), CGROUP);
+    process::leave_cgroup(spec.site.worker.as_str(), &spec.site.run_dir, CGROUP);
     process::harden();
     let listener = control::listen(&paths.socket())?;
     let keeper =
@@ -275,6 +275,7 @@ impl Keeper {
                 }
                 Err(error) => {
                     tracing::error!(%error, "accepting failed");
+                    // Out of descriptors, most likely; which come back unannounced. Not a busy loop meanwhile.
                     std::thread::sleep(Duration::from_millis(100));
                 }
             }

@@ -5,7 +5,8 @@
 //!                          \-lanes 1..: the rest- thread --connection-->
 //! ```
 //!
-//! One thread per connection, which connects, haggles, sends what its lane holds, and hands answers to the [`OriginSink`]. A
+//! One thread per connection, which connects, haggles, sends what its lane holds, and hands answers to the [`OriginSink`]; while
+//! it waits for the network, whoever asks puts the request on the wire himself. A
 //! connection that breaks, or that stays silent while it owes an answer, is made again, for ever, with bounded backoff; what
 //! it owed goes back to the pool and to whichever lane is up. Urgent requests have a connection of their own, so that they
 //! never queue behind megabytes of hydration. Further connections are made only if the server allows several (multi-conn).
@@ -22,10 +23,11 @@ use std::time::Duration;
 use decant_nbd::ExportInfo;
 
 use crate::device::{Fetch, Origin, OriginSink};
-use crate::stream::{Kick, now};
+use crate::stream::now;
 use crate::tls::ClientTls;
 
 pub use crate::stream::Address;
+use connection::Slot;
 use pool::{Job, Pool};
 
 /// How patient an origin is.
@@ -110,7 +112,7 @@ struct Link {
 struct Shared {
     options: Options,
     pool: Pool,
-    kicks: Vec<Kick>,
+    slots: Vec<Slot>,
     closed: AtomicBool,
     in_flight: AtomicU64,
     sessions: AtomicU64,
@@ -131,11 +133,11 @@ impl NbdOrigin {
     /// No descriptors or threads left.
     pub fn open(options: Options, sink: Arc<dyn OriginSink>) -> io::Result<Arc<Self>> {
         let lanes = options.connections.clamp(1, 8);
-        let kicks = (0..lanes).map(|_| Kick::new()).collect::<io::Result<Vec<_>>>()?;
+        let slots = (0..lanes).map(|_| Slot::new(&options)).collect::<io::Result<Vec<_>>>()?;
         let shared = Arc::new(Shared {
             options,
             pool: Pool::new(lanes),
-            kicks,
+            slots,
             closed: AtomicBool::new(false),
             in_flight: AtomicU64::new(0),
             sessions: AtomicU64::new(0),
@@ -185,8 +187,9 @@ impl Origin for NbdOrigin {
             return;
         }
         self.shared.in_flight.fetch_add(fetch.length.into(), Ordering::Relaxed);
-        if let Some(lane) = self.shared.pool.submit(Job::new(fetch)) {
-            self.shared.kick(lane);
+        let lane = self.shared.pool.submit(Job::new(fetch));
+        if let Some((index, slot)) = lane.and_then(|lane| Some((lane, self.shared.slots.get(lane)?))) {
+            slot.post(&self.shared.pool, index);
         }
     }
 
@@ -196,7 +199,7 @@ impl Origin for NbdOrigin {
 
     fn close(&self) {
         self.shared.closed.store(true, Ordering::Release);
-        self.shared.kicks.iter().for_each(Kick::kick);
+        self.shared.slots.iter().for_each(|slot| slot.kick.kick());
         self.shared.changed.notify_all();
         let threads = std::mem::take(&mut *self.lock_threads());
         for (id, thread) in threads {
@@ -217,12 +220,6 @@ impl Drop for NbdOrigin {
 impl Shared {
     fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
-    }
-
-    fn kick(&self, lane: usize) {
-        if let Some(kick) = self.kicks.get(lane) {
-            kick.kick();
-        }
     }
 
     /// A session is up.

@@ -301,7 +301,7 @@ impl UserPlane {
             None => Ok(()),
         };
         self.clear_leftovers(volume);
-        crate::process::remove_empty_cgroup(self.site.worker.as_str(), crate::keeper::CGROUP);
+        crate::process::remove_empty_cgroup(self.site.worker.as_str(), &self.site.run_dir, crate::keeper::CGROUP);
         stopped
     }
 

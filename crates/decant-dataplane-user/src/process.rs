@@ -1,6 +1,8 @@
 //! What the keeper and the volume process do to themselves before they touch a volume: locked in memory, no core dumps,
 //! deaf to signals that a session's end or a stop of the service sends.
 
+use std::path::Path;
+
 use rustix::mm::MlockAllFlags;
 use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal};
 
@@ -13,9 +15,10 @@ pub fn harden() {
     if let Err(error) = rustix::mm::mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT) {
         tracing::warn!(%error, "memory is not locked: under memory pressure this volume may wait for itself");
     }
-    // Reclaim started by this process must not wait for writes to devices that this process serves. Needs CAP_SYS_RESOURCE.
+    // Reclaim started by this process must not wait for writes to devices that this process serves (prctl(2)). `decant doctor`
+    // tells a host that lacks the capability; each process says it once.
     if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
-        tracing::warn!(%error, "PR_SET_IO_FLUSHER is refused: under memory pressure this volume may wait for itself");
+        tracing::info!(%error, "PR_SET_IO_FLUSHER is refused (it needs CAP_SYS_RESOURCE, which this host withholds): if memory runs out, an allocation of this process may wait for a write to the volume that it serves");
     }
     // The memory of a machine must not cost it its disk. Needs CAP_SYS_RESOURCE.
     if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-1000") {
@@ -61,11 +64,11 @@ pub fn die_with_parent() {
     }
 }
 
-/// Moves this process into `<cgroup2>/decant/<worker>/<leaf>`, out of its starter's control group, so that stopping the
+/// Moves this process into `leaf` below the worker's control group ([`decant_base::cgroup`]), out of its starter's control group, so that stopping the
 /// starter's service does not take volumes away. Without a cgroup2 mount it stays where it is.
-pub fn leave_cgroup(worker: &str, leaf: &str) {
+pub fn leave_cgroup(worker: &str, run_dir: &Path, leaf: &str) {
     let moved = cgroup2_mount().ok_or_else(|| std::io::Error::other("no cgroup2 is mounted")).and_then(|mount| {
-        let group = mount.join("decant").join(worker).join(leaf);
+        let group = mount.join(decant_base::cgroup::of_worker(worker, run_dir)).join(leaf);
         let join = || {
             std::fs::create_dir_all(&group)?;
             std::fs::write(group.join("cgroup.procs"), std::process::id().to_string())
@@ -79,9 +82,9 @@ pub fn leave_cgroup(worker: &str, leaf: &str) {
 }
 
 /// Removes the control group that [`leave_cgroup`] made, if nobody is in it any more.
-pub fn remove_empty_cgroup(worker: &str, leaf: &str) {
+pub fn remove_empty_cgroup(worker: &str, run_dir: &Path, leaf: &str) {
     let Some(mount) = cgroup2_mount() else { return };
-    let of_worker = mount.join("decant").join(worker);
+    let of_worker = mount.join(decant_base::cgroup::of_worker(worker, run_dir));
     let group = of_worker.join(leaf);
     for _ in 0..10 {
         match std::fs::remove_dir(&group) {
@@ -90,7 +93,8 @@ pub fn remove_empty_cgroup(worker: &str, leaf: &str) {
             Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy => {}
             Err(_) => return,
         }
-        // One that has just ended is still counted for a moment; others are there to stay.
+        // One that has just ended is still counted for a moment, a millisecond or two after it was reaped, and the group's own event
+        // (`populated 0`) comes before that moment is over; others are there to stay.
         if std::fs::read_to_string(group.join("cgroup.procs")).is_ok_and(|pids| !pids.is_empty()) {
             return;
         }

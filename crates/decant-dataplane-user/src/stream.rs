@@ -6,6 +6,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -117,9 +118,19 @@ pub(crate) enum Wait {
     Hangup,
 }
 
+/// A connection's socket, to wait on while the connection is in other hands.
+pub(crate) struct Socket(Arc<OwnedFd>);
+
+impl Socket {
+    /// Waits until what is wanted may work, a kick, or the deadline. True: kicked (and the kick is cleared).
+    pub(crate) fn wait(&self, want: Wait, kick: &Kick, deadline: Option<Instant>) -> io::Result<bool> {
+        wait_on(&self.0, want, kick, deadline)
+    }
+}
+
 /// A connection.
 pub(crate) struct Stream {
-    socket: OwnedFd,
+    socket: Arc<OwnedFd>,
     tls: Option<Session>,
     /// Plain output that did not fit into the socket.
     pending: Vec<u8>,
@@ -142,7 +153,7 @@ impl Stream {
         }
         // Buffers are the kernel's to size: it grows them with the distance (tcp_rmem, tcp_wmem), and a fixed size would
         // switch that off.
-        Ok(Self { socket, tls: None, pending: Vec::new(), pending_start: 0, received: 0 })
+        Ok(Self { socket: Arc::new(socket), tls: None, pending: Vec::new(), pending_start: 0, received: 0 })
     }
 
     /// Starts connecting to `address`; the socket is writable when that is decided, see [`Self::connected`].
@@ -187,25 +198,14 @@ impl Stream {
         self.received
     }
 
-    /// Waits until what is wanted may work, a kick, or the deadline. True: kicked (and the kick is cleared).
+    /// Its socket.
+    pub(crate) fn socket(&self) -> Socket {
+        Socket(Arc::clone(&self.socket))
+    }
+
+    /// As [`Socket::wait`].
     pub(crate) fn wait(&self, want: Wait, kick: &Kick, deadline: Option<Instant>) -> io::Result<bool> {
-        let events = match want {
-            Wait::Read => PollFlags::IN | PollFlags::RDHUP,
-            Wait::ReadWrite => PollFlags::IN | PollFlags::OUT | PollFlags::RDHUP,
-            Wait::Write => PollFlags::OUT,
-            Wait::Hangup => PollFlags::RDHUP,
-        };
-        let mut fds = [PollFd::new(&self.socket, events), PollFd::new(kick, PollFlags::IN)];
-        wait_for(&mut fds, deadline)?;
-        let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
-        if want == Wait::Hangup && fds[0].revents().intersects(gone) {
-            return Err(closed_by_peer());
-        }
-        let kicked = fds[1].revents().contains(PollFlags::IN);
-        if kicked {
-            kick.clear();
-        }
-        Ok(kicked)
+        wait_on(&self.socket, want, kick, deadline)
     }
 
     /// Reads plaintext; `WouldBlock` if there is none.
@@ -293,6 +293,26 @@ impl Stream {
             None => Ok(()),
         }
     }
+}
+
+fn wait_on(socket: &OwnedFd, want: Wait, kick: &Kick, deadline: Option<Instant>) -> io::Result<bool> {
+    let events = match want {
+        Wait::Read => PollFlags::IN | PollFlags::RDHUP,
+        Wait::ReadWrite => PollFlags::IN | PollFlags::OUT | PollFlags::RDHUP,
+        Wait::Write => PollFlags::OUT,
+        Wait::Hangup => PollFlags::RDHUP,
+    };
+    let mut fds = [PollFd::new(socket, events), PollFd::new(kick, PollFlags::IN)];
+    wait_for(&mut fds, deadline)?;
+    let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+    if want == Wait::Hangup && fds[0].revents().intersects(gone) {
+        return Err(closed_by_peer());
+    }
+    let kicked = fds[1].revents().contains(PollFlags::IN);
+    if kicked {
+        kick.clear();
+    }
+    Ok(kicked)
 }
 
 fn closed_by_peer() -> io::Error {

@@ -161,6 +161,7 @@ impl Volume {
             }
             VolumeRequest::Seal { export } => self.seal(&export).map(|(live, port)| VolumeReply::Sealed { live, port }),
             VolumeRequest::Begin { live, epoch, clone } => {
+                self.engine.expect_boot();
                 self.engine.begin(live, epoch).map_err(|error| open_failure(&error))?;
                 self.connect(clone).map(|()| VolumeReply::Done)
             }

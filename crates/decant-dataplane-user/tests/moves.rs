@@ -308,6 +308,95 @@ fn ninety_reads_wait_while_a_write_and_a_sync_complete() {
 }
 
 #[test]
+fn two_hundred_reads_that_wait_leave_room_for_writes_and_for_a_stop() {
+    if cannot_run("two_hundred_reads_that_wait_leave_room_for_writes_and_for_a_stop") {
+        return;
+    }
+    let world = World::new();
+    let source = world.worker("silent", Bytes::mib(4));
+    let destination = world.worker("crowded", Bytes::mib(4));
+    let at = source_volume(&world, &source, Bytes::mib(64));
+    let opened = open_export(&source, &destination, "m-1");
+    prepare(&destination, &opened, "m-1").unwrap();
+    assemble(&destination, &opened, "m-1");
+    unmount(&at);
+    let sealed = seal(&source, &destination, "m-1").unwrap();
+    kill(source.keeper("v").unwrap().pid);
+    eventually("the origin is gone", || source.keeper("v").is_none());
+    let device = begin(&destination, &opened, &sealed, "m-1");
+
+    let missing: Vec<u64> = sealed.live.iter().flat_map(|run| run.range()).collect();
+    let blocks: Vec<u64> = missing.iter().copied().step_by((missing.len() / 201).max(1)).take(200).collect();
+    assert_eq!(blocks.len(), 200);
+    let free = missing.iter().copied().find(|block| !blocks.contains(block)).unwrap();
+    let read_all = || -> Vec<_> {
+        let read = |&block: &u64| {
+            let device = device.clone();
+            std::thread::spawn(move || read_direct(&device, block))
+        };
+        blocks.iter().map(read).collect()
+    };
+    let parked = || destination.status("v").clone.map_or(0, |clone| clone.parked_reads);
+    let readers = read_all();
+    eventually("all of the device's tags are taken", || parked() >= 128);
+
+    // A write, a sync of the device, and nothing in their way for ever.
+    let begun = Instant::now();
+    let file = std::fs::File::options().read(true).write(true).custom_flags(libc::O_DIRECT).open(&device).unwrap();
+    let mut buffer = vec![9; 8192];
+    let start = buffer.as_mut_ptr().align_offset(4096);
+    file.write_all_at(&buffer[start..start + 4096], free * 4096).unwrap();
+    file.sync_all().unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+    eventually("the reads that are too many have failed", || {
+        readers.iter().filter(|reader| reader.is_finished()).count() == 104
+    });
+    let clone = destination.status("v").clone.unwrap();
+    assert_eq!(clone.parked_reads, 96);
+    assert!(clone.hindrance.contains("96 reads wait and 104 more failed"), "{}", clone.hindrance);
+    // Now that it is known to be stalled nobody waits for a tag.
+    let begun = Instant::now();
+    file.write_all_at(&buffer[start..start + 4096], free * 4096).unwrap();
+    file.sync_all().unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+
+    // A stop frees the rest.
+    let policy = |policy| destination.perform(Command::Policy { volume: volume("v"), policy });
+    assert_eq!(policy(MissingPolicy::Eio), Ok(Outcome::Done));
+    for reader in readers {
+        assert_eq!(reader.join().unwrap().unwrap_err().raw_os_error(), Some(libc::EIO));
+    }
+    assert_eq!(policy(MissingPolicy::Wait), Ok(Outcome::Done));
+
+    // The origin comes back before the reads are too old: every one of them is answered.
+    let readers = read_all();
+    eventually("reads are parked", || parked() >= 96);
+    seal(&source, &destination, "m-1").unwrap();
+    let got: Vec<_> = readers.into_iter().map(|reader| reader.join().unwrap()).collect();
+    verified(&destination, "m-1");
+    let mut answered = 0;
+    for (&block, bytes) in blocks.iter().zip(got) {
+        // Those beyond 96 fail only while nothing comes; no read that was let wait does.
+        if let Ok(bytes) = bytes {
+            assert!(read_direct(&device, block).unwrap() == bytes, "block {block} was not what it is");
+            answered += 1;
+        }
+    }
+    assert!(answered >= 96, "{answered} of 200 were answered");
+    drop(file);
+    destination.detach("v");
+    destination.assert_nothing_left("v");
+}
+
+fn read_direct(device: &std::path::Path, block: u64) -> std::io::Result<Vec<u8>> {
+    let file = std::fs::File::options().read(true).custom_flags(libc::O_DIRECT).open(device)?;
+    let mut buffer = vec![0; 8192];
+    let start = buffer.as_ptr().align_offset(4096);
+    file.read_exact_at(&mut buffer[start..start + 4096], block * 4096)?;
+    Ok(buffer[start..start + 4096].to_vec())
+}
+
+#[test]
 fn a_destination_that_cannot_refuses_and_leaves_nothing() {
     if cannot_run("a_destination_that_cannot_refuses_and_leaves_nothing") {
         return;

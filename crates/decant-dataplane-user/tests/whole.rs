@@ -131,7 +131,8 @@ fn an_agent_that_ends_leaves_the_volume_alone() {
     std::fs::write(at.join("file"), b"written without an agent").unwrap();
     run("sync", &["-f", at.to_str().unwrap()]);
     let group = std::fs::read_to_string(format!("/proc/{}/cgroup", keeper.pid)).unwrap();
-    assert!(group.contains("/decant/agentless/_keepers"), "{group}");
+    let of_worker = decant_base::cgroup::of_worker("agentless", &site.run_dir);
+    assert!(group.contains(&format!("/{}/_keepers", of_worker.display())), "{group}");
     let session = std::fs::read_to_string(format!("/proc/{}/stat", keeper.pid)).unwrap();
     let session = session.rsplit(") ").next().unwrap().split(' ').nth(3).unwrap().to_owned();
     assert_eq!(session, keeper.pid.to_string(), "a session of its own");

@@ -209,7 +209,7 @@ impl Command {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MissingPolicy {
-    /// It waits.
+    /// It waits; of more than 96 at once, those that came last fail once nothing came from the origin for 10 s, so that writes go on.
     #[default]
     Wait,
     /// It fails with EIO at once.

@@ -6,13 +6,13 @@ use serde::{Deserialize, Serialize};
 use crate::migration::Phase;
 use crate::wait::Wait;
 
-/// A range that the end is expected in, seconds from now; both ends unknown when nothing moves.
+/// A range that the end is expected in, milliseconds from now; both ends unknown when nothing moves.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Eta {
     /// If it goes on as in its best recent seconds.
-    pub earliest_s: Option<u64>,
+    pub earliest_ms: Option<u64>,
     /// If it goes on as in its worst.
-    pub latest_s: Option<u64>,
+    pub latest_ms: Option<u64>,
 }
 
 /// Up to where the data is safe if one of the two workers is destroyed now.

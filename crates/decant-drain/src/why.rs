@@ -78,7 +78,7 @@ pub fn progress(row: &Row, clone: Option<&CloneStatus>, rate_low: Bytes, rate_hi
         bytes_done: Bytes(done),
         rate: Bytes(clone.map_or(0, |clone| clone.rate_bytes_per_s)),
         eta: if is_whole {
-            Eta { earliest_s: Some(0), latest_s: Some(0) }
+            Eta { earliest_ms: Some(0), latest_ms: Some(0) }
         } else {
             Eta::of(missing, rate_low, rate_high)
         },
@@ -92,7 +92,7 @@ pub fn progress(row: &Row, clone: Option<&CloneStatus>, rate_low: Bytes, rate_hi
 impl Eta {
     /// The time for `bytes` at rates between `low` and `high` bytes per second; a rate of 0 knows no end.
     pub fn of(bytes: u64, low: Bytes, high: Bytes) -> Self {
-        let at = |rate: Bytes| (rate.0 > 0).then(|| bytes.div_ceil(rate.0));
-        Self { earliest_s: at(high.max(low)), latest_s: at(low) }
+        let at = |rate: Bytes| (rate.0 > 0).then(|| bytes.saturating_mul(1000).div_ceil(rate.0));
+        Self { earliest_ms: at(high.max(low)), latest_ms: at(low) }
     }
 }

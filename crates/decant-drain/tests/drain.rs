@@ -423,14 +423,17 @@ fn check_plan(fleet: &Fleet, wishes: &Wishes, expected: &Expect) {
     let plan = plan(fleet, wishes);
     let mut text = String::new();
     for planned in &plan.moves {
-        let eta = format!("{}..{} s", planned.eta.earliest_s.unwrap_or(0), planned.eta.latest_s.unwrap_or(0));
+        let seconds = |ms: Option<u64>| ms.unwrap_or(0).div_ceil(1000);
+        let eta = format!("{}..{} s", seconds(planned.eta.earliest_ms), seconds(planned.eta.latest_ms));
         text += &format!("{} -> {} {} in {eta}\n", planned.machine, planned.to, planned.bytes);
     }
     for blocker in &plan.blockers {
         let whose = blocker.machine.as_ref().map_or("drain", MachineId::as_str);
         text += &format!("BLOCKED {whose} {}: {}; {}\n", blocker.code, blocker.reason, blocker.fix);
     }
-    text += &format!("total {} in {:?}..{:?} s\n", plan.bytes, plan.eta.earliest_s, plan.eta.latest_s);
+    let seconds = |ms: Option<u64>| ms.map(|ms| ms.div_ceil(1000));
+    let (earliest, latest) = (seconds(plan.eta.earliest_ms), seconds(plan.eta.latest_ms));
+    text += &format!("total {} in {earliest:?}..{latest:?} s\n", plan.bytes);
     expected.assert_eq(&text);
 }
 

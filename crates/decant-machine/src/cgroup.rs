@@ -16,9 +16,6 @@ use rustix::fs::XattrFlags;
 
 use crate::spec::Limits;
 
-/// Where the worker's machines are when its run directory is the usual one.
-const USUAL_RUN_DIR: &str = "/run/decant";
-
 /// The extended attribute of a worker's group that names its run directory.
 const RUN_DIR: &str = "trusted.decant.run_dir";
 
@@ -35,18 +32,9 @@ pub(crate) fn mount_point() -> io::Result<PathBuf> {
     })
 }
 
-/// The cgroup of a worker's machines. Two workers of one name on one host, as demos make them, have different run directories.
+/// The cgroup of a worker's machines.
 pub(crate) fn of_worker(mount: &Path, worker: &str, run_dir: &Path) -> PathBuf {
-    let parent = mount.join("decant");
-    if run_dir == Path::new(USUAL_RUN_DIR) {
-        return parent.join(worker);
-    }
-    // FNV-1a, so that another version of this program finds the same group.
-    let hash =
-        run_dir.as_os_str().as_encoded_bytes().iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
-        });
-    parent.join(format!("{worker}.{:08x}", hash >> 32))
+    mount.join(decant_base::cgroup::of_worker(worker, run_dir))
 }
 
 /// Whether a process is in the group or below it. A group that is not there is empty.
@@ -167,15 +155,6 @@ pub(crate) fn available(mount: &Path) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn workers_of_one_name_in_different_run_directories_have_different_groups() {
-        let mount = Path::new("/sys/fs/cgroup");
-        assert_eq!(of_worker(mount, "w1", Path::new("/run/decant")), Path::new("/sys/fs/cgroup/decant/w1"));
-        let (a, b) = (of_worker(mount, "w1", Path::new("/tmp/a")), of_worker(mount, "w1", Path::new("/tmp/b")));
-        assert_ne!(a, b);
-        assert_eq!(a, of_worker(mount, "w1", Path::new("/tmp/a")));
-    }
 
     #[test]
     fn events_are_read_by_line() {

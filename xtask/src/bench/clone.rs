@@ -96,7 +96,10 @@ fn random_reads(uri: &str, size: u64) -> anyhow::Result<f64> {
     command.args(["--name=r", "--ioengine=nbd", "--rw=randread", "--bs=4k", "--iodepth=1", "--time_based"]);
     command.args(["--runtime=2", "--randrepeat=1", "--output-format=json", "--norandommap=0"]);
     command.arg(format!("--uri={uri}")).arg(format!("--size={size}"));
-    let report: Value = serde_json::from_str(&output(&mut command)?)?;
+    let output = output(&mut command)?;
+    // Its remarks on options stand before the object.
+    let object = output.find('{').with_context(|| format!("fio printed no JSON: {output}"))?;
+    let report: Value = serde_json::from_str(&output[object..])?;
     report["jobs"][0]["read"]["iops"].as_f64().context("fio reports no IOPS")
 }
 

@@ -18,6 +18,9 @@ use crate::machines::Machines;
 /// A lane with nothing to do ends after this long; starting another costs some ten microseconds.
 const IDLE: Duration = Duration::from_secs(20);
 
+/// Between two tries to kill a survivor. What refuses to die (it waits for a disk, say) tells nobody when it does.
+const KILL_AGAIN: Duration = Duration::from_secs(1);
+
 /// How often a stop that takes longer is looked after.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -242,7 +245,7 @@ impl Lane {
                 // Kept at until it is gone: nothing else of this machine may happen here before.
                 while let Err(failure) = world.machines.kill(&machine) {
                     tracing::error!(%machine, %failure, "a machine runs here that this worker does not own, and cannot be killed");
-                    std::thread::sleep(Duration::from_secs(1));
+                    std::thread::sleep(KILL_AGAIN);
                 }
                 return Input::Survivor { machine };
             }

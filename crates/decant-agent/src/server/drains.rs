@@ -302,11 +302,11 @@ fn eta(
     phase: DrainPhase,
 ) -> Option<api::Eta> {
     if phase == DrainPhase::Planned || rows.iter().all(|row| row.machines.is_empty()) {
-        let all = rows.iter().map(|row| row.plan.eta.earliest_s.zip(row.plan.eta.latest_s));
+        let all = rows.iter().map(|row| row.plan.eta.earliest_ms.zip(row.plan.eta.latest_ms));
         let all: Option<Vec<(u64, u64)>> = all.collect();
         let all = all?;
-        let (low, high) = (all.iter().map(|eta| eta.0).max()?, all.iter().map(|eta| eta.1).max()?);
-        return Some(api::Eta { low_ms: low * 1000, high_ms: high * 1000 });
+        let (low_ms, high_ms) = (all.iter().map(|eta| eta.0).max()?, all.iter().map(|eta| eta.1).max()?);
+        return Some(api::Eta { low_ms, high_ms });
     }
     let running = machines.iter().filter_map(|machine| machine.migration.as_ref()).filter_map(|id| migrations.get(id));
     let etas: Vec<api::Eta> = running.filter_map(|migration| migration.progress?.eta).collect();

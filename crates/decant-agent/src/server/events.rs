@@ -57,8 +57,8 @@ impl Reader {
                 return Some(event);
             }
             self.changes.borrow_and_update();
-            let (journal, after) = (self.agent.journal.clone(), self.after);
-            let lines = tokio::task::spawn_blocking(move || journal.log(after, BATCH)).await.ok()?.ok()?;
+            let (agent, after) = (self.agent.clone(), self.after);
+            let lines = tokio::task::spawn_blocking(move || agent.journal.log(after, BATCH)).await.ok()?.ok()?;
             if lines.is_empty() {
                 self.changes.changed().await.ok()?;
                 continue;

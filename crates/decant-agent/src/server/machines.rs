@@ -219,7 +219,27 @@ pub(super) async fn retry(
     answer(&agent, &row).await
 }
 
-pub(super) async fn remove(agent: Shared, Id(machine): Id<MachineId>) -> Result<Json<Empty>, Fail> {
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RemoveArgs {
+    #[serde(default)]
+    with_volume: bool,
+}
+
+pub(super) async fn remove(
+    agent: Shared,
+    Id(machine): Id<MachineId>,
+    Args(args): Args<RemoveArgs>,
+) -> Result<Json<Empty>, Fail> {
+    let row = agent.rows.machine(&machine);
+    if let Some(volume) = row.and_then(|row| row.volume.clone()).filter(|_| !args.with_volume) {
+        return Err(Fail::new(
+            Code::NeedsForce,
+            "machine has a volume",
+            format!("removing {machine} deletes volume {volume} and its data for good"),
+            "say --with-volume (with_volume=true) if that is meant; `decant machine stop` keeps both",
+        ));
+    }
     order(&agent, &machine, Order::Remove).await?;
     Ok(Json(Empty {}))
 }

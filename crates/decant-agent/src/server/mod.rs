@@ -204,7 +204,8 @@ where
     }
 }
 
-/// Out of descriptors, most likely: they come back as connections end.
+/// Out of descriptors, most likely: they come back as connections end, of which this task hears nothing. The pause keeps it from
+/// asking all the time.
 async fn pause_after(error: &std::io::Error) {
     tracing::warn!(%error, "cannot accept a connection");
     tokio::time::sleep(Duration::from_millis(100)).await;

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use decant_agent::client::{Client, TlsTarget};
@@ -39,6 +40,14 @@ pub(crate) async fn retry_until<T, F: Future<Output = Option<T>>>(what: &str, mu
     tokio::time::timeout(patience, asking).await.unwrap_or_else(|_| panic!("{what}: not within {patience:?}"))
 }
 
+/// An address of 127.0.0.0/8 that nobody else here uses.
+fn loopback() -> std::net::Ipv4Addr {
+    static FLEETS: AtomicU16 = AtomicU16::new(1);
+    let [high, low] = FLEETS.fetch_add(1, Ordering::Relaxed).to_be_bytes();
+    let [.., process] = std::process::id().to_be_bytes();
+    std::net::Ipv4Addr::new(127, 64 | process >> 2, high, low)
+}
+
 /// Three workers.
 pub(crate) struct Fleet {
     pub(crate) world: Arc<World>,
@@ -62,10 +71,12 @@ impl Fleet {
         let directory = tempfile::Builder::new().prefix("decant-agents-").tempdir_in(base).expect("a directory");
         let today = (jiff::Zoned::now().date(), 30);
         ca::init(directory.path(), today.0).expect("an authority");
-        // Ports are chosen by the kernel and free again when the agents want them.
+        // Ports are chosen by the kernel and free again when the agents want them: at an address of this fleet alone, so that no
+        // connection of another fleet, which comes from 127.0.0.1, gets them meanwhile.
+        let host = loopback();
         let names = ["worker-1", "worker-2", "worker-3"];
         let ports: Vec<std::net::TcpListener> =
-            names.iter().map(|_| std::net::TcpListener::bind("127.0.0.1:0").expect("a port")).collect();
+            names.iter().map(|_| std::net::TcpListener::bind((host, 0)).expect("a port")).collect();
         let addresses: Vec<SocketAddr> = ports.iter().map(|port| port.local_addr().expect("an address")).collect();
         let fronts: Vec<SocketAddr> = names.iter().zip(&addresses).map(|(name, at)| front(name, *at)).collect();
         drop(ports);

@@ -120,6 +120,31 @@ proptest! {
 }
 
 #[test]
+fn a_trim_of_a_sparse_tebibyte_looks_at_what_is_live() {
+    const GROUP: u64 = 32_768;
+    let blocks = (1 << 40) / 4096;
+    let mut live = ExtentSet::new();
+    // As ext4 lays it out: tables at the start of each sixteenth group, data here and there.
+    for group in (0..blocks / GROUP).step_by(16) {
+        live.insert(group * GROUP..group * GROUP + 33);
+        live.insert(group * GROUP + 9_000..group * GROUP + 9_100);
+    }
+    let mut map = BlockMap::new(Shape::new(1 << 40, 4096).unwrap(), live.clone());
+    let begun = std::time::Instant::now();
+    for group in 0..blocks / GROUP {
+        // What is looked at for each request, of the trim or of a reader of the progress, while the clone is locked.
+        let free = group * GROUP + 40..(group + 1) * GROUP;
+        map.mark_discarded(&(free.start * 8..free.end * 8));
+        assert!(!map.has_fetched(free));
+        map.next_in(group * GROUP..blocks, State::Missing);
+    }
+    assert_eq!(map.count(State::Missing), blocks / GROUP / 16 * 33);
+    assert_eq!(map.discarded_live(), blocks / GROUP / 16 * 100);
+    // Block by block it would be a hundred million looks: half a minute without optimization, and now some ten milliseconds.
+    assert!(begun.elapsed() < std::time::Duration::from_secs(3), "{:?}", begun.elapsed());
+}
+
+#[test]
 fn a_sparse_tebibyte_is_small_and_quick() {
     let mut live = ExtentSet::new();
     for run in 0..1000 {

@@ -120,7 +120,7 @@ impl<W> CloneCore<W> {
             }
             self.hot.pop_front();
         }
-        if self.exhausted {
+        if self.exhausted || self.boots_until(now).is_some() {
             return None;
         }
         let end = self.map.shape().blocks();
@@ -130,6 +130,16 @@ impl<W> CloneCore<W> {
             None => self.exhausted = true,
         }
         found
+    }
+
+    /// When the boot under way is taken to be over; `None` if there is none.
+    fn boots_until(&mut self, now: Duration) -> Option<Duration> {
+        let until = self.boot.map(|boot| boot.quiet.min(boot.end))?;
+        if until <= now {
+            self.boot = None;
+            return None;
+        }
+        Some(until)
     }
 
     /// As `fetchable`, without the ranges that wait for their next try.
@@ -155,7 +165,7 @@ impl<W> CloneCore<W> {
             return None;
         }
         let retry = self.retry.iter().map(|(_, due)| *due).min();
-        [self.pace.held_until(now), retry, self.no_room_until].into_iter().flatten().min()
+        [self.pace.held_until(now), retry, self.no_room_until, self.boots_until(now)].into_iter().flatten().min()
     }
 
     /// Missing blocks were marked by somebody else (the verification).

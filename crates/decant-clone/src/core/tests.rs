@@ -195,3 +195,68 @@ fn writes_and_stores_exclude_each_other() {
     assert_eq!(pair.core.map().entry(0).state, State::Written, "from the first byte on it is not the origin's");
     assert_eq!(pair.core.end_write(id, false), None);
 }
+
+#[test]
+fn ninety_six_reads_wait_for_ever_and_more_leave_room_for_writes() {
+    let mut pair = Pair::new(40_000, &[(0, 40_000)]);
+    pair.core.set_hydrate(false);
+    pair.up();
+    let begun = pair.now;
+    for read in 0..128 {
+        assert!(pair.read(read * 100));
+    }
+    let due = begun + crate::demand::STALLED_AFTER;
+    assert_eq!(pair.core.stalls_at(), Some(due));
+    let mut failed = Vec::new();
+    assert!(!pair.core.shed_reads(due - Duration::from_millis(1), &mut failed) && failed.is_empty());
+    assert!(pair.core.shed_reads(due, &mut failed), "the first time");
+    let waiters: Vec<u64> = failed.drain(..).map(|read| read.waiter).collect();
+    assert_eq!(waiters, (96..128).map(|read| read * 100).collect::<Vec<_>>(), "those that came last");
+    assert_eq!((pair.core.parked(), pair.core.stalls_at()), (96, None));
+    pair.now = due;
+    assert!(!pair.read(20_000), "from now on one too many fails at once");
+    let hindrance = pair.core.progress(due, 0).hindrance;
+    assert_eq!(hindrance, "STALLED: nothing from the origin, 96 reads wait and 33 more failed, so that writes go on");
+    // Something comes: more may wait again, and those that waited are answered.
+    pair.step();
+    assert!(pair.read(20_000) && pair.read(20_100) && pair.read(20_200));
+    assert_eq!(pair.core.parked(), 98);
+    assert_eq!(pair.core.stalls_at(), Some(pair.now + crate::demand::STALLED_AFTER));
+    while pair.step() {}
+    assert_eq!((pair.answered.len(), pair.core.parked(), pair.core.stalls_at()), (99, 0, None));
+    assert!(!pair.core.shed_reads(pair.now + Duration::from_secs(100), &mut failed));
+}
+
+#[test]
+fn the_hydration_lets_a_boot_go_first_and_not_for_ever() {
+    let mut pair = Pair::new(40_000, &[(0, 40_000)]);
+    let began = pair.now;
+    pair.core.expect_boot(began);
+    pair.up();
+    assert!(pair.order.is_empty(), "nothing was read yet");
+    // A boot that reads all over the place, every 50 ms: its reads and what lies around them, and no more.
+    for read in 1..30 {
+        pair.now = began + read * Duration::from_millis(50);
+        if pair.now >= began + BOOT_LONGEST {
+            break;
+        }
+        let block = u64::from(read) * 1000;
+        assert!(pair.read(block));
+        while pair.step() {}
+        pair.now = began + read * Duration::from_millis(50);
+        let around = |plan: &Plan| plan.blocks.start / 256 == block / 256;
+        assert!(pair.order.drain(..).all(|plan| around(&plan)), "only around block {block}");
+        assert!(pair.core.next_poll(pair.now).is_some_and(|due| due <= began + BOOT_LONGEST));
+    }
+    pair.now = began + BOOT_LONGEST;
+    pair.poll();
+    assert_eq!(pair.order[0].blocks.start, 0, "the rest comes in order");
+    // One that reads nothing is over soon.
+    let mut pair = Pair::new(40_000, &[(0, 40_000)]);
+    pair.core.expect_boot(pair.now);
+    pair.up();
+    assert_eq!(pair.core.next_poll(pair.now), Some(pair.now + BOOT_QUIET));
+    pair.now += BOOT_QUIET;
+    pair.poll();
+    assert!(!pair.order.is_empty());
+}

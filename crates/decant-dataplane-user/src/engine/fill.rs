@@ -167,6 +167,11 @@ impl Engine {
         }
     }
 
+    /// Something may be due earlier than the pump's thread knows.
+    pub(super) fn wake_pump(&self) {
+        self.fill.pump.raise();
+    }
+
     fn backlog(&self) -> Backlog {
         let lately = self.now().saturating_sub(Duration::from_millis(self.flushed_ms.load(Ordering::Relaxed)));
         if lately < FLUSHES_LATELY && !cfg!(test) { WITH_FLUSHES } else { WITHOUT_FLUSHES }
@@ -192,16 +197,22 @@ impl Engine {
 
     /// As `pump`; returns when there may be more to send although nothing else happens.
     fn pump_once(&self) -> Option<Duration> {
-        let mut plans = Vec::new();
-        let mut due = None;
+        let (mut plans, mut failed) = (Vec::new(), Vec::new());
+        let (mut due, mut stalled) = (None, false);
         if let Life::Clone(core) = &mut *lock(&self.life) {
             let now = self.now();
+            stalled = core.shed_reads(now, &mut failed);
             let hold = self.unsynced.load(Ordering::Acquire) > self.backlog().hold_at
                 || self.has_failed.load(Ordering::Acquire);
             core.set_hydrate(!hold);
             core.poll(now, &mut plans);
-            due = core.next_poll(now).map(|due| due.saturating_sub(now).max(SHORTEST_WAIT));
+            let next = [core.next_poll(now), core.stalls_at()].into_iter().flatten().min();
+            due = next.map(|due| due.saturating_sub(now).max(SHORTEST_WAIT));
         }
+        if stalled {
+            tracing::warn!(volume = %self.volume, reads = failed.len(), "STALLED: the origin is silent and more reads wait than leave room for writes; those that came last fail with EIO");
+        }
+        fail_all(failed);
         self.send(&plans);
         due
     }

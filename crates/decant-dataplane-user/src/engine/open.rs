@@ -173,8 +173,11 @@ impl Engine {
                 Life::Clone(_) => return Err(OpenError::State("it was begun at another epoch")),
                 Life::Prepared(_) => {}
             }
-            let (core, files) = self.make_clone(live, epoch)?;
+            let (mut core, files) = self.make_clone(live, epoch)?;
             *lock(&self.files) = Some(Arc::new(files));
+            if matches!(&*life, Life::Prepared(early) if early.boot) {
+                core.expect_boot(self.now());
+            }
             let Life::Prepared(early) = std::mem::replace(&mut *life, Life::Clone(Box::new(core))) else {
                 return Ok(());
             };

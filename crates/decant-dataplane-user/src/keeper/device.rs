@@ -101,6 +101,8 @@ impl Device {
         if let Err(error) = disk.clear() {
             tracing::error!(%error, device = %path.display(), "the loop device cannot be cleared");
         }
+        // Only a uevent tells of it, which needs a netlink socket in the host's first network namespace: this poll, of about one
+        // round, does not.
         let deadline = Instant::now() + CLEAR_TIMEOUT;
         while bound.exists() && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(1));

@@ -1,24 +1,25 @@
 //! One connection to an origin: connect, haggle, ask, hand over, and again.
 
+mod desk;
 mod digests;
 
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::io::{self, IoSlice};
+use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-use decant_nbd::client::{Client, Config, Event, Goal, RequestError};
-use decant_nbd::{Backoff, Command, Context, Contexts, ErrorCode, ExportInfo, MAX_UNIT, TransmissionFlags, Violation};
+use decant_nbd::client::{Event, RequestError};
+use decant_nbd::{Backoff, Context, ErrorCode, ExportInfo, MAX_UNIT, TransmissionFlags, Violation};
 use rustix::io::Errno;
 
 use super::Shared;
-use super::pool::Job;
 use crate::device::{OriginSink, Want};
-use crate::stream::{Aligned, Kick, Stream, Wait, now};
+use crate::stream::{Aligned, Stream, Wait, now};
 use crate::tls::Session;
+pub(super) use desk::Slot;
+use desk::part;
 
-/// Most requests that one connection owes answers to. Bytes are bounded by whoever asks.
-const MAX_OUTSTANDING: usize = 1024;
 /// Reply headers, and small replies whole, are read this much at a time; larger payloads go straight to their buffer.
 const INPUT: usize = 32 * 1024;
 const _: () = assert!(INPUT >= MAX_UNIT);
@@ -50,21 +51,16 @@ enum Broken {
     Closed,
 }
 
-/// A thread's own things, kept from connection to connection.
+/// A lane's thread: what it alone needs, kept from connection to connection.
 struct Lane<'a> {
     shared: &'a Shared,
     sink: &'a dyn OriginSink,
     index: usize,
-    kick: &'a Kick,
-    core: Client,
-    /// Jobs in progress, by tag; `free` holds the empty places.
-    jobs: Vec<Option<Job>>,
-    free: Vec<usize>,
+    slot: &'a Slot,
     input: Vec<u8>,
     start: usize,
     end: usize,
     data: Aligned,
-    out: Vec<u8>,
     /// Digests that came and were not handed over yet: of this tag, from this offset on.
     digests: Vec<u32>,
     digests_of: (usize, u64),
@@ -75,28 +71,19 @@ struct Lane<'a> {
 
 /// Lives until the origin is closed.
 pub(super) fn run(shared: &Shared, index: usize, sink: &dyn OriginSink) {
-    let (options, timing) = (&shared.options, shared.options.timing);
-    let Some(kick) = shared.kicks.get(index) else { return };
-    let config = Config {
-        goal: Goal::Transmission,
-        export: options.export.clone(),
-        tls: options.tls.is_some(),
-        contexts: Contexts { allocation: false, digests: options.digests },
-        max_outstanding: MAX_OUTSTANDING,
-    };
+    let timing = shared.options.timing;
+    let Some(slot) = shared.slots.get(index) else { return };
+    slot.own();
+    let kick = &slot.kick;
     let mut lane = Lane {
         shared,
         sink,
         index,
-        kick,
-        core: Client::new(config),
-        jobs: Vec::with_capacity(MAX_OUTSTANDING),
-        free: Vec::with_capacity(MAX_OUTSTANDING),
+        slot,
         input: vec![0; INPUT],
         start: 0,
         end: 0,
         data: Aligned::new(DATA),
-        out: Vec::new(),
         digests: Vec::new(),
         digests_of: (0, 0),
         useful: false,
@@ -125,7 +112,7 @@ pub(super) fn run(shared: &Shared, index: usize, sink: &dyn OriginSink) {
 
 /// Whether the server takes several connections; known once the first session is up.
 fn may_share(shared: &Shared) -> bool {
-    let link = shared.link.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let link = shared.link.lock().unwrap_or_else(PoisonError::into_inner);
     link.export.as_ref().is_some_and(|export| export.flags.has(TransmissionFlags::MULTI_CONN))
 }
 
@@ -142,30 +129,31 @@ impl Lane<'_> {
     fn session(&mut self, was_up: &mut bool) -> Result<Never, Broken> {
         let shared = self.shared;
         (self.start, self.end, self.useful) = (0, 0, false);
-        self.out.clear();
         self.digests.clear();
         let deadline = shared.deadline(shared.options.timing.handshake);
         let mut stream = self.connect(deadline)?;
-        self.core.handle_connect();
+        self.slot.lock().core.handle_connect();
         self.haggle(&mut stream, deadline)?;
-        let Some(export) = self.core.export().cloned() else { return Err(Violation::Ended.into()) };
+        let Some(export) = self.slot.lock().core.export().cloned() else { return Err(Violation::Ended.into()) };
         if let Some(expected) = shared.options.size
             && expected != export.size
         {
             return Err(Broken::WrongSize { found: export.size, expected });
         }
         *was_up = true;
+        self.slot.lock().open(stream, export.clone());
         shared.session_up(&export, self.sink);
         self.kick_lanes(shared.pool.up(self.index));
         if self.index == 0 && export.flags.has(TransmissionFlags::MULTI_CONN) {
-            shared.kicks.iter().skip(1).for_each(Kick::kick);
+            shared.slots.iter().skip(1).for_each(|slot| slot.kick.kick());
         }
         let since = now();
-        let result = self.transmit(&mut stream, &export);
+        let result = self.transmit(&export);
         if let Err(Broken::Closed) = result {
             // Leave politely, if that takes no waiting.
-            self.core.disconnect(&mut self.out);
-            let _ = self.send(&mut stream);
+            let desk = &mut *self.slot.lock();
+            desk.core.disconnect(&mut desk.out);
+            let _ = desk.send();
         }
         self.useful |= now().saturating_duration_since(since) >= shared.options.timing.backoff_max;
         result
@@ -173,29 +161,27 @@ impl Lane<'_> {
 
     /// The connection is gone: what it owed goes back to the pool.
     fn leave(&mut self, was_up: bool, reason: &str) {
-        self.core.handle_disconnect();
-        while self.core.poll_lost().is_some() {}
-        self.free.clear();
-        let owed = self.jobs.drain(..).flatten();
-        let lanes = self.shared.pool.down(self.index, owed);
+        let owed = self.slot.lock().close();
+        let lanes = self.shared.pool.down(self.index, owed.into_iter());
         self.kick_lanes(lanes);
         self.shared.session_down(was_up, reason, self.sink);
     }
 
     fn kick_lanes(&self, lanes: u32) {
-        (0..self.shared.kicks.len()).filter(|lane| lanes >> lane & 1 == 1).for_each(|lane| self.shared.kick(lane));
+        let slots = self.shared.slots.iter().enumerate();
+        slots.filter(|(index, _)| lanes >> index & 1 == 1).for_each(|(_, slot)| slot.kick.kick());
     }
 
     /// Waits; an error when the origin is closed meanwhile.
     fn wait(&self, stream: &Stream, want: Wait, deadline: Option<Instant>) -> Result<(), Broken> {
-        stream.wait(want, self.kick, deadline)?;
+        stream.wait(want, &self.slot.kick, deadline)?;
         if self.shared.is_closed() { Err(Broken::Closed) } else { Ok(()) }
     }
 
     fn connect(&self, deadline: Option<Instant>) -> Result<Stream, Broken> {
         let stream = Stream::connect(&self.shared.options.address)?;
         loop {
-            let kicked = stream.wait(Wait::Write, self.kick, deadline)?;
+            let kicked = stream.wait(Wait::Write, &self.slot.kick, deadline)?;
             if self.shared.is_closed() {
                 return Err(Broken::Closed);
             }
@@ -218,23 +204,46 @@ impl Lane<'_> {
     /// The handshake, TLS included.
     fn haggle(&mut self, stream: &mut Stream, deadline: Option<Instant>) -> Result<(), Broken> {
         loop {
-            let step = self.core.handle_input(&self.input[self.start..self.end], &mut self.out)?;
-            self.start += step.consumed;
-            self.send(stream)?;
-            match step.event {
+            let (consumed, event) = self.slot.lock().step(&self.input[self.start..self.end])?;
+            self.start += consumed;
+            self.say(stream)?;
+            match event {
                 Some(Event::Ready) => return Ok(()),
                 Some(Event::StartTls) => self.start_tls(stream, deadline)?,
                 Some(_) => return Err(Violation::Ended.into()),
                 None => {
                     self.refill();
-                    while !self.fill(stream)? {
-                        self.check_handshake(deadline)?;
-                        let want = if stream.has_pending() { Wait::ReadWrite } else { Wait::Read };
-                        self.wait(stream, want, deadline)?;
-                        stream.flush()?;
-                    }
+                    self.hear(stream, deadline)?;
                 }
             }
+        }
+    }
+
+    /// Sends what the core wrote during the handshake.
+    fn say(&self, stream: &mut Stream) -> Result<(), Broken> {
+        let out = &mut self.slot.lock().out;
+        if !out.is_empty() {
+            stream.send(&[IoSlice::new(out)])?;
+            out.clear();
+        }
+        Ok(())
+    }
+
+    /// Waits for input during the handshake.
+    fn hear(&mut self, stream: &mut Stream, deadline: Option<Instant>) -> Result<(), Broken> {
+        loop {
+            match stream.read(&mut self.input[self.end..]) {
+                Ok(count) => {
+                    self.end += count;
+                    return Ok(());
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error.into()),
+            }
+            self.check_handshake(deadline)?;
+            let want = if stream.has_pending() { Wait::ReadWrite } else { Wait::Read };
+            self.wait(stream, want, deadline)?;
+            stream.flush()?;
         }
     }
 
@@ -257,15 +266,10 @@ impl Lane<'_> {
                 self.wait(stream, want, deadline)?;
             }
         }
-        self.core.handle_tls_started(&mut self.out);
-        self.send(stream)
-    }
-
-    fn send(&mut self, stream: &mut Stream) -> Result<(), Broken> {
-        if !self.out.is_empty() {
-            stream.send(&[IoSlice::new(&self.out)])?;
-            self.out.clear();
-        }
+        let desk = &mut *self.slot.lock();
+        desk.core.handle_tls_started(&mut desk.out);
+        stream.send(&[IoSlice::new(&desk.out)])?;
+        desk.out.clear();
         Ok(())
     }
 
@@ -276,101 +280,68 @@ impl Lane<'_> {
         self.start = 0;
     }
 
-    /// Reads what there is; false if nothing.
-    fn fill(&mut self, stream: &mut Stream) -> Result<bool, Broken> {
-        match stream.read(&mut self.input[self.end..]) {
-            Ok(count) => {
-                self.end += count;
-                Ok(true)
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
-            Err(error) => Err(error.into()),
-        }
-    }
-
     /// Requests out, answers in, until something breaks.
-    fn transmit(&mut self, stream: &mut Stream, export: &ExportInfo) -> Result<Never, Broken> {
-        let mut heard = (stream.bytes_received(), now());
+    fn transmit(&mut self, export: &ExportInfo) -> Result<Never, Broken> {
         loop {
-            self.ask(export)?;
-            self.send(stream)?;
-            let progress = self.handle_answers(stream, export)?;
+            self.ask()?;
+            let progress = self.handle_answers(export)?;
             self.refill();
-            if self.fill(stream)? || progress {
-                continue;
+            let count = self.slot.lock().read(&mut self.input[self.end..])?;
+            self.end += count;
+            if count == 0 && !progress {
+                self.await_peer()?;
             }
-            if stream.has_pending() {
-                stream.flush()?;
-            }
-            // Nothing to do but wait: for an answer if one is owed, and no longer than a live peer would take.
-            let owes = self.core.outstanding() > 0;
-            if !owes || heard.0 != stream.bytes_received() {
-                heard = (stream.bytes_received(), now());
-            }
-            let deadline = heard.1.checked_add(self.silence).filter(|_| owes);
-            if deadline.is_some_and(|deadline| now() >= deadline) {
-                let silence = self.silence;
-                self.silence = (silence * 2).min(self.shared.options.timing.silence_max).max(silence);
-                return Err(Broken::Silent(silence));
-            }
-            let want = if stream.has_pending() { Wait::ReadWrite } else { Wait::Read };
-            self.wait(stream, want, deadline)?;
         }
     }
 
-    /// Puts the lane's jobs on the wire.
-    fn ask(&mut self, export: &ExportInfo) -> Result<(), Broken> {
+    /// Asks for what the queue holds.
+    fn ask(&mut self) -> Result<(), Broken> {
         if self.shared.is_closed() {
             return Err(Broken::Closed);
         }
-        while self.core.outstanding() < MAX_OUTSTANDING {
-            let Some(job) = self.shared.pool.take(self.index) else { return Ok(()) };
-            let outside = job.fetch.offset.checked_add(job.fetch.length.into()).is_none_or(|end| end > export.size);
-            let impossible = job.fetch.want == Want::Digests && !self.core.contexts().digests;
-            if outside || impossible {
-                self.shared.pool.answered(self.index, &job);
-                let errno = if outside { Errno::INVAL } else { Errno::OPNOTSUPP };
-                self.shared.done(&job.fetch, Err(errno), self.sink);
-                continue;
+        let refused = {
+            let mut desk = self.slot.lock();
+            if let Some(broken) = desk.broken.take() {
+                return Err(broken);
             }
-            let tag = match self.free.pop() {
-                Some(tag) => tag,
-                None => {
-                    self.jobs.push(None);
-                    self.jobs.len() - 1
-                }
-            };
-            self.ask_next(tag, job, export)?;
+            desk.ask(&self.shared.pool, self.index)?;
+            std::mem::take(&mut desk.refused)
+        };
+        for (job, errno) in refused {
+            self.shared.pool.answered(self.index, &job);
+            self.shared.done(&job.fetch, Err(errno), self.sink);
         }
         Ok(())
     }
 
-    /// Asks for the job's next part.
-    fn ask_next(&mut self, tag: usize, mut job: Job, export: &ExportInfo) -> Result<(), Broken> {
-        job.cut = false;
-        self.jobs[tag] = Some(job);
-        let command = match job.fetch.want {
-            Want::Data => Command::Read { unfragmented: job.unfragmented },
-            Want::Digests => Command::BlockStatus { one: false },
+    /// Waits for the peer, or for a kick.
+    fn await_peer(&mut self) -> Result<(), Broken> {
+        let (socket, patience) = {
+            let mut desk = self.slot.lock();
+            let patience = desk.patience(self.silence);
+            (desk.session.as_ref().map(|(stream, _)| stream.socket()), patience)
         };
-        Ok(self.core.request(tag as u64, command, job.next, part(&job, export), &mut self.out)?)
+        if let Err(Broken::Silent(silence)) = patience {
+            // The next one may be longer.
+            self.silence = (silence * 2).min(self.shared.options.timing.silence_max).max(silence);
+        }
+        let (Some(socket), (want, deadline)) = (socket, patience?) else { return Err(Violation::Ended.into()) };
+        socket.wait(want, &self.slot.kick, Some(deadline))?;
+        if self.shared.is_closed() { Err(Broken::Closed) } else { Ok(()) }
     }
 
     /// Deals with what was read, and with payloads that follow; false if there was nothing.
-    fn handle_answers(&mut self, stream: &mut Stream, export: &ExportInfo) -> Result<bool, Broken> {
+    fn handle_answers(&mut self, export: &ExportInfo) -> Result<bool, Broken> {
         let mut progress = false;
         loop {
-            let step = self.core.handle_input(&self.input[self.start..self.end], &mut self.out)?;
-            self.start += step.consumed;
-            let Some(event) = step.event else { return Ok(progress) };
+            let (consumed, event) = self.slot.lock().step(&self.input[self.start..self.end])?;
+            self.start += consumed;
+            let Some(event) = event else { return Ok(progress) };
             progress = true;
             match event {
-                Event::Data { tag, offset, length } => {
-                    self.handle_data(stream, tag as usize, offset, length, export)?
-                }
+                Event::Data { tag, offset, length } => self.handle_data(tag as usize, offset, length, export)?,
                 Event::Hole { tag, offset, length } => {
-                    if self.is_whole(tag as usize, offset, length, export) {
-                        let token = self.job(tag as usize)?.fetch.token;
+                    if let (token, true) = self.piece(tag as usize, offset, length, export)? {
                         self.sink.handle_hole(token, offset, length.into());
                     }
                 }
@@ -384,31 +355,20 @@ impl Lane<'_> {
         }
     }
 
-    fn job(&mut self, tag: usize) -> Result<&mut Job, Violation> {
-        self.jobs.get_mut(tag).and_then(Option::as_mut).ok_or(Violation::UnknownCookie(tag as u64))
-    }
-
-    /// Whether a piece is whole blocks. If not, it is dropped, and this part of the job is asked for again in one piece.
-    fn is_whole(&mut self, tag: usize, offset: u64, length: u32, export: &ExportInfo) -> bool {
+    /// Whose piece it is, and whether it is whole blocks. If not, it is dropped, and this part of the job is asked for again in
+    /// one piece.
+    fn piece(&self, tag: usize, offset: u64, length: u32, export: &ExportInfo) -> Result<(u64, bool), Broken> {
         let end = offset + u64::from(length);
         let whole = offset.is_multiple_of(BLOCK) && (end.is_multiple_of(BLOCK) || end == export.size);
-        if !whole && let Ok(job) = self.job(tag) {
-            job.cut = true;
-        }
-        whole
+        let mut desk = self.slot.lock();
+        let job = desk.job(tag)?;
+        job.cut |= !whole;
+        Ok((job.fetch.token, whole))
     }
 
     /// A payload: from the input buffer what is there, then straight from the socket.
-    fn handle_data(
-        &mut self,
-        stream: &mut Stream,
-        tag: usize,
-        offset: u64,
-        length: u32,
-        export: &ExportInfo,
-    ) -> Result<(), Broken> {
-        let whole = self.is_whole(tag, offset, length, export);
-        let token = self.job(tag)?.fetch.token;
+    fn handle_data(&mut self, tag: usize, offset: u64, length: u32, export: &ExportInfo) -> Result<(), Broken> {
+        let (token, whole) = self.piece(tag, offset, length, export)?;
         let mut done = 0u64;
         while done < u64::from(length) {
             let count = (u64::from(length) - done).min(DATA as u64) as usize;
@@ -416,29 +376,13 @@ impl Lane<'_> {
             let mut filled = count.min(self.end - self.start);
             buffer[..filled].copy_from_slice(&self.input[self.start..self.start + filled]);
             self.start += filled;
-            let mut heard = now();
             while filled < count {
-                match stream.read(&mut self.data.slice_mut(0..count)[filled..]) {
-                    Ok(read) => {
-                        filled += read;
-                        continue;
-                    }
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                    Err(error) => return Err(error.into()),
-                }
-                let before = stream.bytes_received();
-                let deadline = heard.checked_add(self.silence);
-                if deadline.is_some_and(|deadline| now() >= deadline) {
-                    return Err(Broken::Silent(self.silence));
-                }
-                // New requests go out while a long answer comes in.
-                self.ask(export)?;
-                self.send(stream)?;
-                let want = if stream.has_pending() { Wait::ReadWrite } else { Wait::Read };
-                self.wait(stream, want, deadline)?;
-                stream.flush()?;
-                if before != stream.bytes_received() {
-                    heard = now();
+                let read = self.slot.lock().read(&mut self.data.slice_mut(0..count)[filled..])?;
+                filled += read;
+                if read == 0 {
+                    // New requests go out while a long answer comes in.
+                    self.ask()?;
+                    self.await_peer()?;
                 }
             }
             if whole {
@@ -453,7 +397,8 @@ impl Lane<'_> {
         self.useful = true;
         self.silence = self.shared.options.timing.silence;
         self.hand_over_digests()?;
-        let mut job = *self.job(tag)?;
+        let mut desk = self.slot.lock();
+        let mut job = *desk.job(tag)?;
         let result = match result {
             Err(ErrorCode::Shutdown) => return Err(Broken::ShuttingDown),
             Err(error) => Err(errno(error)),
@@ -465,23 +410,17 @@ impl Lane<'_> {
                     job.next += u64::from(part(&job, export));
                 }
                 if job.left() > 0 {
-                    return self.ask_next(tag, job, export);
+                    return desk.ask_next(tag, job);
                 }
                 Ok(())
             }
         };
-        self.jobs[tag] = None;
-        self.free.push(tag);
+        desk.clear(tag);
+        drop(desk);
         self.shared.pool.answered(self.index, &job);
         self.shared.done(&job.fetch, result, self.sink);
         Ok(())
     }
-}
-
-/// Bytes to ask for next: all of the job, unless the server takes less at a time.
-fn part(job: &Job, export: &ExportInfo) -> u32 {
-    let most = export.blocks.maximum.min(decant_nbd::MAX_PAYLOAD).max(BLOCK as u32) / BLOCK as u32 * BLOCK as u32;
-    u32::try_from(job.left()).unwrap_or(most).min(most)
 }
 
 fn errno(error: ErrorCode) -> Errno {

@@ -34,6 +34,7 @@ impl UserPlane {
                 Spawned::Ready => return Ok(()),
                 // One that is ending, or one that another agent has just started.
                 Spawned::AlreadyKept if self.kept(volume).is_some() => return Ok(()),
+                // It will either end, which the lock tells, or begin to listen, which nothing tells: a bounded poll sees both.
                 Spawned::AlreadyKept if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
                 Spawned::AlreadyKept => {
                     return Err(failure(

@@ -73,6 +73,48 @@ fn a_peer_that_is_stopped_is_noticed_and_answers_when_it_goes_on() {
     assert!(started.elapsed() < Duration::from_secs(1));
 }
 
+#[test]
+fn a_session_that_was_idle_is_asked_and_not_given_up() {
+    let bytes = image(1 << 20);
+    let served = Served::new(Disk::new(bytes.clone()));
+    let mut options = Options { connections: 1, ..options(&Address::Unix(served.socket.clone()), "volume") };
+    options.timing.silence = Duration::from_secs(1);
+    let (origin, recorder) = open(options);
+    origin.wait_connected(Duration::from_secs(5)).unwrap();
+    for token in 0..2 {
+        // Longer than a peer may be silent that owes something; this one owes nothing.
+        std::thread::sleep(Duration::from_millis(1100));
+        origin.request(fetch(token, token as usize * 262_144, 262_144));
+        recorder.wait(|answers| answers.done.contains_key(&token).then_some(()));
+    }
+    recorder.check(&bytes, 0..2 * 262_144);
+    assert_eq!(origin.sessions(), 1, "{:?}", recorder.answers.lock().unwrap().links);
+    recorder.close(&origin);
+}
+
+#[test]
+fn an_answer_that_comes_slowly_is_waited_for() {
+    // No holes, so that it is one chunk.
+    let bytes: Vec<u8> = image(1 << 20).into_iter().map(|byte| byte | 1).collect();
+    let served = Served::new(Disk::new(bytes.clone()));
+    let slow = |_, position, bytes: &mut [u8]| {
+        // 64 KiB at a time once the handshake is over, so that a chunk takes longer than a silence may.
+        if position > 512 {
+            std::thread::sleep(Duration::from_millis(400));
+        }
+        bytes.len()
+    };
+    let proxy = Proxy::new(&served, "slow.sock", Arc::new(slow));
+    let mut options = Options { connections: 1, ..options(&Address::Unix(proxy.socket.clone()), "volume") };
+    options.timing.silence = Duration::from_secs(1);
+    let (origin, recorder) = open(options);
+    origin.request(fetch(0, 0, 262_144));
+    recorder.wait_done(0..1);
+    recorder.check(&bytes, 0..262_144);
+    assert_eq!(origin.sessions(), 1, "{:?}", recorder.answers.lock().unwrap().links);
+    recorder.close(&origin);
+}
+
 /// What a proxy does to what the server says, by the byte's number in the connection.
 type Fault = Arc<dyn Fn(u64, u64, &mut [u8]) -> usize + Send + Sync>;
 

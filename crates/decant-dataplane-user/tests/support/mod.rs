@@ -157,7 +157,11 @@ fn clean_up(directory: &Path) {
             }
         }
         let name = worker.file_name().into_string().unwrap_or_default();
-        decant_dataplane_user::process::remove_empty_cgroup(&name, decant_dataplane_user::keeper::CGROUP);
+        decant_dataplane_user::process::remove_empty_cgroup(
+            &name,
+            &worker.path().join("run"),
+            decant_dataplane_user::keeper::CGROUP,
+        );
     }
     // After the keepers: what was mounted gives errors now, and an unmount does not wait for anybody.
     let root = directory.display().to_string();

@@ -22,6 +22,9 @@ const WRITE_BACK: Duration = Duration::from_secs(1);
 const BREATH: Duration = Duration::from_millis(5);
 /// Between unmounts that found /data busy: a descriptor's last reference may be dropped a little after its process ended.
 const BUSY_PAUSE: Duration = Duration::from_millis(2);
+/// A trim waits until the program has run for so long: it reads all over the file system, and what a program reads while it
+/// starts goes first.
+const SETTLED: Duration = Duration::from_millis(200);
 /// When to give an unmount up; nothing of the machine runs then, so what keeps it busy will not go away by waiting.
 const BUSY_LIMIT: Duration = Duration::from_secs(5);
 
@@ -104,7 +107,7 @@ impl Shim {
     /// When to look again even if nothing happens.
     pub(super) fn next_deadline(&self) -> Option<Instant> {
         match &self.stop {
-            None => self.restart_at,
+            None => [self.restart_at, self.trim_due()].into_iter().flatten().min(),
             Some(stop) => match stop.phase {
                 Phase::WritingBack { until } | Phase::Breathing { until } | Phase::Asked { until } => Some(until),
                 Phase::Unmounting { after } if self.errand.is_none() => Some(after),
@@ -164,8 +167,9 @@ impl Shim {
         if self.errand.is_some() {
             return;
         }
+        let trims = self.trim_due().is_none();
         for (wait, start) in [(Wait::Sync, Errand::sync as fn() -> _), (Wait::Trim, Errand::trim)] {
-            if self.anyone_waits_for(wait) {
+            if self.anyone_waits_for(wait) && (wait != Wait::Trim || trims) {
                 match start() {
                     Ok(errand) => self.errand = Some(errand),
                     Err(error) => self.answer(wait, &Err(format!("cannot fork: {error}"))),
@@ -173,6 +177,12 @@ impl Shim {
                 return;
             }
         }
+    }
+
+    /// When a trim that somebody waits for may start; `None`: at once, or nobody does.
+    fn trim_due(&self) -> Option<Instant> {
+        let due = self.executed? + SETTLED;
+        (self.anyone_waits_for(Wait::Trim) && Instant::now() < due).then_some(due)
     }
 
     /// `go` came to nothing.

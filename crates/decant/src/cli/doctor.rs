@@ -75,6 +75,7 @@ pub(crate) fn checks(state_dir: &Path) -> Vec<Check> {
         device("loop devices", "/dev/loop-control", "load the module: modprobe loop"),
         cgroup2(),
         namespaces(),
+        io_flusher(),
         program("e2fsprogs", "mkfs.ext4", "apt-get install e2fsprogs", true),
         program("iproute2", "ip", "apt-get install iproute2; only people need it, to look around", false),
         sparse_files(state_dir),
@@ -138,6 +139,21 @@ fn cgroup2() -> Check {
     } else {
         let found = format!("{at}, without limits of {}", absent.join(", "));
         limited("cgroup2", found, "boot with systemd.unified_cgroup_hierarchy=1 for limits; all else works")
+    }
+}
+
+/// CAP_SYS_RESOURCE, number 24 (linux/capability.h), which containers and some virtual machines withhold from their root.
+fn io_flusher() -> Check {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok());
+    match effective {
+        Some(bits) if bits >> 24 & 1 == 0 => limited(
+            "CAP_SYS_RESOURCE",
+            "withheld: if memory runs out, a volume process may wait for itself (PR_SET_IO_FLUSHER) or be chosen to end (oom_score_adj)",
+            "give the agent the capability; with memory to spare all else works",
+        ),
+        _ => ok("CAP_SYS_RESOURCE", "volume processes are spared when memory runs out"),
     }
 }
 

@@ -252,7 +252,7 @@ pub(crate) fn run(command: Command, global: &Global) -> Result<Exit, Failure> {
                     "say --with-volume if that is meant; `decant machine stop` keeps both",
                 ));
             }
-            agent.delete(&path::machine(&machine))?;
+            agent.delete(&path::remove_machine(&machine, with_volume))?;
             if global.output == Output::Table {
                 print(&format!("machine {machine} is removed"));
             }

@@ -140,7 +140,6 @@ fn timings(timings: &Timings) -> String {
         ("grant", timings.grant_ms),
         ("boot", timings.boot_ms),
         ("hydration", timings.hydration_ms),
-        ("verify", timings.verify_ms),
     ];
     let known = steps.iter().filter_map(|(name, ms)| ms.map(|ms| format!("{name} {}", duration(ms))));
     known.collect::<Vec<_>>().join(", ")

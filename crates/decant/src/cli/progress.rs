@@ -16,7 +16,10 @@ fn moved(done: u64, total: u64, rate: u64, eta: Option<Eta>) -> String {
         text.push_str(&format!(", {}/s", bytes(rate)));
     }
     if let Some(Eta { low_ms, high_ms }) = eta.filter(|_| done < total) {
-        text.push_str(&format!(", done in {} to {}", duration(low_ms), duration(high_ms)));
+        let (low, high) = (duration(low_ms.min(high_ms)), duration(high_ms));
+        // Two ends that read alike are no range.
+        let range = if low == high { format!("about {low}") } else { format!("{low} to {high}") };
+        text.push_str(&format!(", done in {range}"));
     }
     text
 }
@@ -117,6 +120,9 @@ mod tests {
             ..Progress::default()
         };
         assert_eq!(amount(&progress), "50 MiB of 200 MiB (25 %), 120 MiB/s, done in 900 ms to 2.1 s");
+        let eta = Some(Eta { low_ms: 2_960, high_ms: 3_040 });
+        let steady = Progress { eta, ..progress };
+        assert_eq!(amount(&steady), "50 MiB of 200 MiB (25 %), 120 MiB/s, done in about 3.0 s");
         let done = Progress { bytes_done: 300 << 20, ..progress };
         assert_eq!(amount(&done), "200 MiB of 200 MiB (100 %)");
         assert_eq!(percent(199, 200), 99, "only all is 100 %");

@@ -16,7 +16,6 @@ use serde::{Deserialize, Serialize};
 
 use super::link::Link;
 use crate::cli::Agent;
-use crate::cli::doctor::cgroup2_mount;
 
 /// How many workers the demo has: where the machine is, where it goes, and where the client is.
 pub(crate) const WORKERS: u32 = 3;
@@ -365,12 +364,12 @@ fn clear(run: &str) -> anyhow::Result<()> {
         fs::remove_dir_all(&directory).with_context(|| format!("removing {}", directory.display()))?;
     }
     for index in 1..=WORKERS {
-        let (worker, mount) = (format!("worker-{index}"), cgroup2_mount());
+        let worker = format!("worker-{index}");
         let run_dir = Path::new(LABS).join(run).join(&worker);
         // A group that somebody is in stays.
-        let of_machines = decant_machine::worker_cgroup(&worker, &run_dir).ok();
-        let of_keepers = mount.map(|mount| mount.join("decant").join(&worker));
-        of_machines.iter().chain(&of_keepers).for_each(|group| remove_cgroups(group));
+        if let Ok(group) = decant_machine::worker_cgroup(&worker, &run_dir) {
+            remove_cgroups(&group);
+        }
     }
     fs::remove_file(&register).context("forgetting the run")
 }

@@ -228,7 +228,7 @@ impl<'a> Stage<'a> {
     /// Stops and removes a machine, and its volume with it.
     pub(crate) fn remove_machine(&self, worker: u32, machine: &str) -> anyhow::Result<()> {
         self.stop_machine(worker, machine)?;
-        let at = path::machine(&machine_id(machine));
+        let at = path::remove_machine(&machine_id(machine), true);
         self.site.worker(worker).agent().delete(&at).map_err(refused("removing the machine"))?;
         Ok(())
     }
