@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use decant_iscsi::chap;
 use decant_iscsi::target::{Connection, ConnectionId, Event, Outbox, Request, Target, TaskId};
 
-pub(crate) use backend::{Done, perform};
+use backend::perform;
 
 /// Bytes read at a time; more than the largest header.
 const INPUT_BYTES: usize = 256 * 1024;
