@@ -83,3 +83,20 @@ fn a_read_only_disk_is_read_only_to_qemu() {
     let output = run(20, "qemu-io", &["-r", "-f", "raw", "-c", "read -P 0 0 4k", &fixture.url("")]);
     assert!(output.status.success(), "{}", text(&output));
 }
+
+#[test]
+fn libiscsi_proves_itself_and_has_the_target_prove_itself() {
+    let target = credentials("the-target", "the target's own secret");
+    let chap = Chap::new(credentials("somebody", "twelve bytes and more"), Some(target)).expect("two secrets");
+    let fixture = serve(&Shape { chap: Some(chap), ..Shape::default() });
+    let url = fixture.url("somebody%twelve bytes and more@");
+    let ask = |secret: &str| {
+        let secret = format!("LIBISCSI_CHAP_TARGET_PASSWORD={secret}");
+        run(10, "env", &["LIBISCSI_CHAP_TARGET_USERNAME=the-target", &secret, "iscsi-inq", &url])
+    };
+    let right = ask("the target's own secret");
+    assert!(right.status.success(), "{}", text(&right));
+    // It is the initiator that finds a wrong target out.
+    let wrong = ask("another target's secret");
+    assert!(!wrong.status.success(), "{}", text(&wrong));
+}
