@@ -33,7 +33,7 @@ enum Chore {
     Tidy,
     /// Check licences, bans and sources of dependencies (installs cargo-deny when it is missing).
     Deny,
-    /// fmt, clippy, tidy, deny, test: what must pass before a change lands.
+    /// fmt, clippy, tidy, doc, deny, test: what must pass before a change lands.
     Ci,
 }
 
@@ -59,6 +59,7 @@ fn ci() -> anyhow::Result<()> {
     tidy::run()?;
     run(cargo().args(["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"]))?;
     run(cargo().args(["clippy", "--workspace", "--locked", "--", "-D", "warnings", "-D", "clippy::too_many_lines"]))?;
+    run(cargo().args(["doc", "--workspace", "--no-deps", "--locked"]).env("RUSTDOCFLAGS", "-D warnings"))?;
     deny::run()?;
     test::run(&test::Options::default())
 }

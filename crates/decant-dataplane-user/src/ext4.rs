@@ -7,7 +7,7 @@
 //!
 //! **Whatever is not exactly as expected means "nothing is known"**: the blocks are then moved like any others. So the worst a
 //! damaged or hostile file system achieves is a larger move. No error leaves this module, no loop is bounded by what is read
-//! alone, and nothing is allocated beyond [`MOST_GROUP_BYTES`]. The cost on the path between stop and start is a handful of
+//! alone, and nothing is allocated beyond `MOST_GROUP_BYTES`. The cost on the path between stop and start is a handful of
 //! reads for the journal, and one read for each group of blocks that holds data.
 //!
 //! Sources: kernel Documentation/filesystems/ext4/, fs/ext4/{ext4.h,super.c,balloc.c,bitmap.c,extents.c}, fs/jbd2/{journal.c,recovery.c}.

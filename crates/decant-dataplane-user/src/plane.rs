@@ -186,7 +186,8 @@ impl UserPlane {
         Ok(metadata.store(&paths)?)
     }
 
-    /// Removes all files of a volume; its keeper is gone.
+    /// Removes all files of a volume, durably: whoever hears that they are gone forgets the volume, and after a power cut nobody would
+    /// remove what came back, which stands in the way of the next volume of that name. Its keeper is gone.
     fn remove_files(&self, volume: &VolumeId) -> Result<(), Failure> {
         let paths = self.paths(volume);
         self.unwritten().remove(volume);
@@ -201,7 +202,16 @@ impl UserPlane {
                 _ => {}
             }
         }
-        Ok(())
+        self.sync_removal(volume)
+    }
+
+    /// What was removed so far, perhaps by a process that died over it, stays removed.
+    fn sync_removal(&self, volume: &VolumeId) -> Result<(), Failure> {
+        let directory = self.site.volumes_dir();
+        std::fs::File::open(&directory).and_then(|directory| directory.sync_all()).map_err(|error| {
+            let message = format!("volume {volume} is not durably removed from {}: {error}", directory.display());
+            failure(FailureCode::Retry, message)
+        })
     }
 
     fn perform_status(&self, volume: &VolumeId) -> Result<Outcome, Failure> {

@@ -68,7 +68,7 @@ impl FromStr for Fingerprint {
     }
 }
 
-/// Why TLS cannot be set up here. What can go wrong with a peer is told by [`explain`].
+/// Why TLS cannot be set up here. What can go wrong with a peer is told by `explain`.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
     /// A PEM file cannot be used.

@@ -209,6 +209,24 @@ impl Lab {
         })
     }
 
+    /// Loses all that worker `from` sends to worker `to`, without a word to either, or delivers it again; the other direction
+    /// goes on. Not in a lab with shaped links.
+    ///
+    /// # Errors
+    /// What the kernel says; `Unsupported` with shaped links.
+    pub fn set_lost(&self, from: u32, to: u32, lost: bool) -> io::Result<()> {
+        if self.switch.is_some() {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "shaped links lose in both directions only"));
+        }
+        // At a hardware address that nobody has.
+        let address = if lost { mac(u32::MAX) } else { mac(to) };
+        self.enter(from, || {
+            let mut netlink = Netlink::open()?;
+            let uplink = netlink.link(UPLINK)?.ok_or(io::ErrorKind::NotFound)?.index;
+            netlink.set_neighbour(uplink, self.address(to), address)
+        })
+    }
+
     /// Leaves the lab and what runs in it when this process ends, until somebody [`Lab::destroy_named`]s it.
     ///
     /// # Errors

@@ -4,6 +4,7 @@
 mod fleet;
 
 use std::collections::BTreeSet;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use fleet::Fleet;
@@ -46,6 +47,7 @@ fn every_crash_leaves_one_runner_and_all_its_writes() {
     if !fleet::can_run("every_crash_leaves_one_runner_and_all_its_writes") {
         return;
     }
+    let _turn = turn();
     let began = Instant::now();
     let mut fleet = Fleet::start("sweep");
     let points = enumerate(&mut fleet);
@@ -66,6 +68,165 @@ fn every_crash_leaves_one_runner_and_all_its_writes() {
         points[1].len(),
         began.elapsed().as_secs_f64()
     );
+}
+
+#[test]
+fn every_crash_of_a_cancel_leaves_one_runner_and_all_its_writes() {
+    if !fleet::can_run("every_crash_of_a_cancel_leaves_one_runner_and_all_its_writes") {
+        return;
+    }
+    let _turn = turn();
+    let mut fleet = Fleet::start("cancels");
+    for way in [Way::Abandon, Way::Refuse] {
+        sweep_of(&mut fleet, way);
+    }
+}
+
+/// One sweep at a time: each has its patience.
+fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How a move is taken back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// The source has not heard that the destination is prepared, and goes back alone.
+    Abandon,
+    /// The source is sealed and the destination has not heard of the grant: it is asked to refuse.
+    Refuse,
+}
+
+impl Way {
+    /// Where the destination dies before the cancel is ordered.
+    fn last_word(self) -> &'static str {
+        match self {
+            Self::Abandon => "send:prepare-ok:before",
+            Self::Refuse => "send:prepare-ok:after",
+        }
+    }
+
+    /// Points that it passes and an undisturbed move does not, on the source and on the destination.
+    fn points(self) -> [&'static [&'static str]; 2] {
+        match self {
+            Self::Abandon => [
+                &[
+                    "journal:source:unwinding:before",
+                    "journal:source:unwinding:after",
+                    "send:abandon:before",
+                    "send:abandon:after",
+                    "recv:abandoned",
+                    "journal:source:ended:before",
+                    "journal:source:ended:after",
+                ],
+                &["recv:abandon", "send:abandoned:before", "send:abandoned:after"],
+            ],
+            Self::Refuse => [
+                &[
+                    "journal:source:unwinding:before",
+                    "journal:source:unwinding:after",
+                    "send:refuse:before",
+                    "send:refuse:after",
+                    "recv:grant-refused",
+                    "journal:source:ended:before",
+                    "journal:source:ended:after",
+                ],
+                &["recv:refuse", "send:grant-refused:before", "send:grant-refused:after"],
+            ],
+        }
+    }
+}
+
+/// Every crash point of a cancel. The agent alone and the whole worker: a volume process knows nothing of a cancel.
+fn sweep_of(fleet: &mut Fleet, way: Way) {
+    let began = Instant::now();
+    let end = take_back(fleet, way, None);
+    assert_eq!(end, Ended::AtSource, "an undisturbed {way:?} takes the machine back");
+    let mut runs = [0; 2];
+    let mut back = 0;
+    for (side, points) in way.points().iter().enumerate() {
+        for point in *points {
+            for victim in [Victim::Agent, Victim::Power] {
+                runs[side] += 1;
+                back += u32::from(take_back(fleet, way, Some((side, point, victim))) == Ended::AtSource);
+            }
+        }
+    }
+    println!(
+        "SHOW sweep of {way:?}: {} crashes on the source and {} on the destination, {back} times back at the source, else at the \
+         destination, {:.0} s",
+        runs[0],
+        runs[1],
+        began.elapsed().as_secs_f64()
+    );
+}
+
+/// Where the machine is after a cancel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    AtSource,
+    /// The order was lost with an agent before it was durable.
+    AtDestination,
+}
+
+/// One move that is cancelled, and a crash on the way back.
+fn take_back(fleet: &mut Fleet, way: Way, crash: Option<(usize, &str, Victim)>) -> Ended {
+    let when = match crash {
+        Some((side, point, victim)) => {
+            format!("{way:?}: {victim:?} at {point} on the {}", ["source", "destination"][side])
+        }
+        None => format!("{way:?}, undisturbed"),
+    };
+    let source = fleet.settle(&format!("before {when}"));
+    let destination = 1 - source;
+    let stop_at = |point| [("DECANT_CRASH", point), ("DECANT_CRASH_SIGNAL", "stop")];
+    let of_side = |wanted| crash.filter(|(side, ..)| *side == wanted).map(|(_, point, _)| stop_at(point));
+    let on_source = of_side(0);
+    if let Some(environment) = &on_source {
+        fleet.workers[source].end_agent();
+        fleet.workers[source].start_agent(environment);
+    }
+    fleet.workers[destination].end_agent();
+    fleet.workers[destination].start_agent(&stop_at(way.last_word()));
+    fleet.workers[destination].await_agent();
+
+    let to = format!("worker-{}", destination + 1);
+    let order = ["machine", "move", fleet::MACHINE, "--to", &to, "--reason", "to be cancelled", "--detach"];
+    let ordered = fleet.workers[source].decant(&order).expect("a move is accepted");
+    let migration = ordered["migration"].as_str().expect("its id").to_owned();
+    let asked = fleet.workers[destination].await_standstill();
+    assert!(asked, "{when}: the destination was not asked: {}", fleet.describe());
+    fleet.workers[destination].kill_agent();
+    if way == Way::Refuse {
+        fleet.workers[source].await_phase(&migration, "sealed");
+    }
+    // By a thread: the agent that takes it may stand still before it answers. If it does not, the order is durable before the
+    // destination hears anything again, and no grant is on its way any more.
+    let mut cancel = fleet.workers[source].command(&["migration", "cancel", &migration]);
+    let cancel = std::thread::spawn(move || drop(cancel.output()));
+    fleet.workers[source].await_or_standstill(|_| cancel.is_finished());
+    if way == Way::Refuse {
+        // A peer's messages go one batch after the other: the first that fails from now on may hold a grant, the next does not.
+        let before = fleet.workers[source].undelivered();
+        fleet.workers[source].await_or_standstill(|worker| worker.undelivered() >= before + 2);
+    }
+    fleet.workers[destination].start_agent(of_side(1).as_ref().map_or(&[], |environment| &environment[..]));
+    if let Some((side, _, victim)) = crash {
+        let at = [source, destination][side];
+        let hit = fleet.workers[at].await_standstill();
+        assert!(hit, "{when}: the point was not hit: {}", fleet.describe());
+        if victim == Victim::Power {
+            fleet.acks.expect_power_cut();
+            fleet.workers[at].cut_power();
+        } else {
+            fleet.workers[at].kill_agent();
+        }
+        fleet.workers[at].start_agent(&[]);
+    }
+    let _ = cancel.join();
+    let owner = fleet.settle(&format!("after {when}"));
+    fleet.acks.await_progress(&format!("after {when}"));
+    if owner == source { Ended::AtSource } else { Ended::AtDestination }
 }
 
 /// Moves the machine once undisturbed and returns the points that the source and the destination passed.

@@ -34,7 +34,7 @@ const HAS_RESEND: u64 = 1 << 39;
 const MAX_BACKGROUND: u16 = u16::MAX;
 /// Pages of one request.
 const PAGES: u16 = 256;
-/// Data bytes of one request: [`PAGES`] pages.
+/// Data bytes of one request: 256 pages.
 pub const MAX_DATA_BYTES: usize = PAGES as usize * 4096;
 
 const OPEN_DIRECT_IO: u32 = 1 << 0;

@@ -157,7 +157,8 @@ impl UserPlane {
     pub(super) fn abandon(&self, volume: &VolumeId, migration: &MigrationId) -> Result<Outcome, Failure> {
         let ours = match self.load(volume)?.map(|metadata| metadata.state) {
             Some(State::Preparing { migration: of } | State::Prepared { migration: of, .. }) => of == *migration,
-            _ => false,
+            Some(_) => false,
+            None => return self.sync_removal(volume).map(|()| Outcome::Done),
         };
         // A begun one is a clone, also when a power cut left only its map to say so.
         if !ours {

@@ -46,8 +46,10 @@ fn a_peer_that_is_stopped_is_noticed_and_answers_when_it_goes_on() {
     let directory = tempfile::tempdir().unwrap();
     let (file, socket) = (directory.path().join("image"), directory.path().join("kit.sock"));
     std::fs::write(&file, &bytes).unwrap();
-    let arguments = ["-r", "--filter=delay", "file", file.to_str().unwrap(), "rdelay=2ms"];
-    let mut peer = Peer::nbdkit(&socket, &arguments);
+    // One thread for a connection: with several, nbdkit 1.32 ends itself over a connection that was given up while it stood still
+    // (connections.c, raw_send_socket: Assertion `sock >= 0' failed; the second thread to answer finds it closed).
+    let arguments = ["-t", "1", "-r", "--filter=delay", "file", file.to_str().unwrap(), "rdelay=2ms"];
+    let peer = Peer::nbdkit(&socket, &arguments);
     let (origin, recorder) = open(options(&Address::Unix(socket.clone()), ""));
     for token in 0..256 {
         origin.request(fetch(token, token as usize * 16_384, 16_384));
@@ -57,12 +59,6 @@ fn a_peer_that_is_stopped_is_noticed_and_answers_when_it_goes_on() {
     recorder.wait_down("not a byte for 0.3 s while it owes an answer");
     recorder.wait_down("no session within 0.5 s");
     peer.signal(Signal::CONT);
-    // nbdkit 1.32 may end itself over the connections that were given up while it stood still. One that is started again is
-    // asked again, as one that goes on is.
-    recorder.wait(|answers| (answers.done.len() == 256 || peer.has_ended()).then_some(()));
-    if peer.has_ended() {
-        peer = Peer::nbdkit(&socket, &arguments);
-    }
     recorder.wait_done(0..256);
     recorder.check(&bytes, 0..bytes.len());
     // Stopped again, for good: closing does not wait for it.

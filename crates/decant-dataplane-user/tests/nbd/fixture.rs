@@ -366,10 +366,6 @@ impl Peer {
         rustix::process::kill_process(pid, signal).unwrap();
     }
 
-    pub(crate) fn has_ended(&mut self) -> bool {
-        self.child.try_wait().unwrap().is_some()
-    }
-
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();

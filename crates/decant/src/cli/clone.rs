@@ -48,7 +48,7 @@ enum CloneVerb {
 
 #[derive(Debug, Args)]
 struct Start {
-    /// Where missing blocks come from: nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH.
+    /// Where missing blocks come from: nbd://HOST:PORT/EXPORT (10809 if no port is said) or nbd+unix:///EXPORT?socket=PATH.
     origin: String,
     /// The file that is filled; made if it is not there.
     destination: PathBuf,

@@ -49,7 +49,8 @@ pub(crate) struct Fleet {
     pub(crate) workers: Vec<Worker>,
     pub(crate) acks: Acks,
     // After the workers: their processes end before their namespaces and files go.
-    _lab: std::sync::Arc<Lab>,
+    #[allow(dead_code, reason = "only some of the tests that share this look at the network")]
+    pub(crate) lab: std::sync::Arc<Lab>,
     _directory: Directory,
 }
 
@@ -82,7 +83,7 @@ impl Fleet {
         for worker in &mut workers {
             worker.start_agent(&[]);
         }
-        let mut fleet = Self { workers, acks, _lab: lab, _directory: directory };
+        let mut fleet = Self { workers, acks, lab, _directory: directory };
         let outside = fleet.acks.directory().display().to_string();
         fleet.workers[0].decant(&["volume", "create", MACHINE, "--size", "64MiB"]).expect("a volume");
         let bind = format!("{outside}:/outside");
@@ -105,12 +106,16 @@ impl Fleet {
             if let ([owner], true) = (&owners[..], quiet) {
                 return *owner;
             }
-            if Instant::now() > deadline {
-                let logs: Vec<String> = self.workers.iter().map(Worker::tail_of_logs).collect();
-                panic!("{when}: not settled within {PATIENCE:?}: {views:#?}\n{}", logs.join("\n"));
-            }
+            assert!(Instant::now() < deadline, "{when}: not settled within {PATIENCE:?}: {}", self.describe());
             self.acks.wait(Duration::from_millis(20));
         }
+    }
+
+    /// What the workers say, for a test that fails.
+    pub(crate) fn describe(&mut self) -> String {
+        let views: Vec<Result<View, String>> = self.workers.iter_mut().map(view).collect();
+        let logs: Vec<String> = self.workers.iter().map(Worker::tail_of_logs).collect();
+        format!("{views:#?}\n{}", logs.join("\n"))
     }
 }
 

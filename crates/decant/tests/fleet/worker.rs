@@ -119,6 +119,34 @@ address = "[{peer_address}]:7070"
         }
     }
 
+    /// Waits until this worker says that the migration is in `phase`.
+    pub(crate) fn await_phase(&mut self, migration: &str, phase: &str) {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let seen = self.api(&format!("/v1/migrations/{migration}?scope=local"));
+            if seen.as_ref().is_ok_and(|view| view["phase"] == phase) {
+                return;
+            }
+            assert!(Instant::now() < end, "{migration} is not {phase}: {seen:?}\n{}", self.tail_of_logs());
+            wait_a_moment();
+        }
+    }
+
+    /// Waits until `done`, or until the agent stands still at its crash point.
+    pub(crate) fn await_or_standstill(&self, done: impl Fn(&Self) -> bool) {
+        let end = Instant::now() + PATIENCE;
+        while !done(self) && !self.stands_still() {
+            assert!(Instant::now() < end, "worker-{} is not done\n{}", self.index, self.tail_of_logs());
+            wait_a_moment();
+        }
+    }
+
+    /// How often the agent has given messages to its peer up, by its log; their rows send them again.
+    pub(crate) fn undelivered(&self) -> usize {
+        let text = std::fs::read_to_string(self.directory.join("agent.log")).unwrap_or_default();
+        text.matches("messages not delivered").count()
+    }
+
     /// Ends the agent as a service manager would.
     pub(crate) fn end_agent(&mut self) {
         if let Some(mut agent) = self.agent.take() {
