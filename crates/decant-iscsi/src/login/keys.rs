@@ -189,8 +189,8 @@ const NOT_IN_DISCOVERY: &[&str] = &[
 
 /// One side of an operational negotiation.
 ///
-/// Each key is decided once: by an offer of the peer's that is answered ([`Self::handle_offer`]) or by the peer's answer to
-/// an offer of this side ([`Self::handle_answer`]); [`Self::handle`] tells the two apart.
+/// Each key is decided once: by an offer of the peer's, which is answered, or by the peer's answer to an offer of this
+/// side; [`Self::handle`] tells the two apart.
 #[derive(Debug, Clone)]
 pub struct Negotiation {
     offer: Offer,
