@@ -20,7 +20,15 @@ const PEERS: &[(&str, &str)] = &[
     ("qemu-io", "qemu-utils"),
     ("qemu-nbd", "qemu-utils"),
     ("sqlite3", "sqlite3"),
+    ("iscsi-test-cu", "libiscsi-bin"),
+    // QEMU's iscsi driver is a module, found from /usr/bin by the directory of its architecture.
+    (QEMU_ISCSI, "qemu-block-extra"),
 ];
+
+#[cfg(target_arch = "aarch64")]
+const QEMU_ISCSI: &str = "../lib/aarch64-linux-gnu/qemu/block-iscsi.so";
+#[cfg(not(target_arch = "aarch64"))]
+const QEMU_ISCSI: &str = "../lib/x86_64-linux-gnu/qemu/block-iscsi.so";
 
 /// Peers that only benchmarks use.
 pub(crate) const BENCH_PEERS: &[(&str, &str)] =

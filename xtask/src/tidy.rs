@@ -10,6 +10,7 @@ use anyhow::{Context, bail};
 const EDGES: &[(&str, &[&str])] = &[
     ("decant-base", &[]),
     ("decant-nbd", &["decant-base"]),
+    ("decant-iscsi", &["decant-base"]),
     ("decant-luks2", &["decant-base"]),
     ("decant-clone", &["decant-base"]),
     ("decant-fsm", &["decant-base"]),
@@ -48,7 +49,7 @@ const EDGES: &[(&str, &[&str])] = &[
 ];
 
 /// Crates without I/O: they forbid unsafe code and never read a clock, sleep, open a file or a socket.
-const CORES: &[&str] = &["decant-nbd", "decant-clone", "decant-drain", "decant-dataplane"];
+const CORES: &[&str] = &["decant-nbd", "decant-iscsi", "decant-clone", "decant-drain", "decant-dataplane"];
 
 /// What a core may not say outside its tests.
 const NOT_IN_CORES: &[&str] =

@@ -1,0 +1,199 @@
+//! Commands, each by itself.
+
+use super::*;
+use proptest::prelude::*;
+
+fn disk() -> Disk {
+    Disk {
+        vendor: "DECANT".into(),
+        product: "TEST".into(),
+        revision: "1".into(),
+        serial: "1234".into(),
+        block_bytes: 4096,
+        physical_exponent: 0,
+        blocks: 1 << 33,
+        read_only: false,
+        thin: true,
+        max_transfer: 1 << 20,
+    }
+}
+
+fn ask(disk: &Disk, cdb: &[u8]) -> (Result<Plan, Sense>, Vec<u8>) {
+    let mut padded = [0; 16];
+    padded[..cdb.len()].copy_from_slice(cdb);
+    let mut reply = Vec::new();
+    let mode = ModeState::default();
+    let context =
+        Context { disk, mode: &mode, is_lun_0: true, target_name: "iqn.2026-11.dev.decant:x", portal_group: 1 };
+    (plan(&context, &padded, &mut reply), reply)
+}
+
+#[test]
+fn the_commands_that_are_reported_are_those_that_are_there() {
+    for thin in [true, false] {
+        let disk = Disk { thin, ..disk() };
+        let (_, all) = ask(&disk, &[0xa3, 0x0c, 0, 0, 0, 0, 0, 0, 0xff, 0xff]);
+        let listed = all[4..].chunks(8).map(|entry| (entry[0], entry[5] & 1 != 0, entry[3]));
+        let listed: Vec<(u8, bool, u8)> = listed.collect();
+        assert_eq!(listed.len() * 8, all.len() - 4);
+        assert_eq!(listed.iter().any(|entry| entry.0 == 0x42), thin);
+        for opcode in 0..=255u8 {
+            let there = listed.iter().any(|entry| entry.0 == opcode);
+            let refused = ask(&disk, &[opcode]).0 == Err(Sense::illegal(asc::INVALID_OPERATION_CODE));
+            assert_eq!(there, !refused, "{opcode:#x}");
+        }
+        for (opcode, has_actions, action) in listed {
+            let option = if has_actions { 2 } else { 1 };
+            let (plan, one) = ask(&disk, &[0xa3, 0x0c, option | 0x80, opcode, 0, action, 0, 0, 0xff, 0xff]);
+            assert_eq!(plan, Ok(Plan::Done));
+            assert_eq!(one[1], 0x83);
+            let length = usize::from(one[3]);
+            assert_eq!((one[4], one.len()), (opcode, 4 + length + 12), "usage and timeouts");
+            // The other option is an error, and the third takes both.
+            assert!(ask(&disk, &[0xa3, 0x0c, 3 - option, opcode, 0, action, 0, 0, 0xff, 0xff]).0.is_err());
+            assert_eq!(ask(&disk, &[0xa3, 0x0c, 3, opcode, 0, action, 0, 0, 0xff, 0xff]).1[1], 3);
+            // Bits that usage does not have are refused.
+            for at in 1..length {
+                let reserved = !one[4 + at] & if at == 1 && has_actions { 0xe0 } else { 0xff };
+                for bit in (0..8).filter(|bit| reserved & (1 << bit) != 0) {
+                    let mut cdb = vec![0; length];
+                    cdb[0] = opcode;
+                    cdb[1] = if has_actions { action } else { 0 };
+                    cdb[at] |= 1 << bit;
+                    let expected = Err(Sense::invalid_field(at as u16));
+                    assert_eq!(ask(&disk, &cdb).0, expected, "{opcode:#x} byte {at} bit {bit}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn sense_has_both_formats() {
+    let sense = Sense::out_of_range(0x1_0000_0001);
+    // More than 32 bits: not valid in fixed format.
+    assert_eq!(sense.encode(false), [0x70, 0, 5, 0, 0, 0, 0, 10, 0, 0, 0, 0, 0x21, 0, 0, 0, 0, 0]);
+    assert_eq!(sense.encode(true), [0x72, 5, 0x21, 0, 0, 0, 0, 12, 0, 10, 0x80, 0, 0, 0, 0, 1, 0, 0, 0, 1]);
+    let sense = Sense::invalid_field(2);
+    assert_eq!(sense.encode(false), [0x70, 0, 5, 0, 0, 0, 0, 10, 0, 0, 0, 0, 0x24, 0, 0, 0xc0, 0, 2]);
+    assert_eq!(sense.encode(true), [0x72, 5, 0x24, 0, 0, 0, 0, 8, 2, 6, 0, 0, 0xc0, 0, 2, 0]);
+}
+
+#[test]
+fn capacity_is_told_in_both_lengths() {
+    let disk = disk();
+    assert_eq!(ask(&disk, &[0x25]).1, [0xff, 0xff, 0xff, 0xff, 0, 0, 0x10, 0]);
+    let (_, long) = ask(&disk, &[0x9e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 32]);
+    assert_eq!(long[..16], [0, 0, 0, 1, 0xff, 0xff, 0xff, 0xff, 0, 0, 0x10, 0, 0, 0, 0xc0, 0]);
+    assert_eq!(ask(&disk, &[0x9e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5]).1.len(), 5);
+}
+
+#[test]
+fn mode_select_takes_what_can_be_changed_and_nothing_else() {
+    let disk = disk();
+    let (_, current) = ask(&disk, &[0x1a, 0, 0x0a, 0, 255, 0]);
+    let mut list = current;
+    list[0] = 0;
+    let select = |cdb1: u8, list: &[u8]| {
+        let cdb = [0x15, cdb1, 0, 0, list.len() as u8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        mode_select(&disk, ModeState::default(), &cdb, Parameter::ModeSelect6, list)
+    };
+    assert_eq!(select(0x10, &list), Ok(ModeState::default()));
+    list[12 + 4] |= 0x08;
+    list[12 + 2] |= 0x04;
+    assert_eq!(select(0x10, &list), Ok(ModeState { descriptor_sense: true, write_protect: true }));
+    assert_eq!(select(0x11, &list), Err(Sense::invalid_field(1)));
+    assert_eq!(select(0x00, &list), Err(Sense::invalid_field(1)));
+    for length in [1, 3, 5, 11, 13, 20] {
+        assert_eq!(
+            select(0x10, &list[..length]).map_err(|sense| sense.asc),
+            Err(asc::PARAMETER_LIST_LENGTH),
+            "{length}"
+        );
+    }
+    for (at, flip) in [(12 + 2, 0x40), (12 + 3, 0x10), (12 + 5, 0x40), (12 + 1, 1), (12, 1), (11, 1), (4 + 7, 0xf0)] {
+        let mut wrong = list.clone();
+        wrong[at] ^= flip;
+        assert_eq!(select(0x10, &wrong).map_err(|sense| sense.asc), Err(asc::INVALID_FIELD_IN_LIST), "{at}");
+    }
+}
+
+#[test]
+fn other_luns_say_that_nothing_is_there() {
+    let disk = disk();
+    let mode = ModeState::default();
+    let context = Context { disk: &disk, mode: &mode, is_lun_0: false, target_name: "x", portal_group: 1 };
+    let ask = |cdb: &[u8]| {
+        let mut padded = [0; 16];
+        padded[..cdb.len()].copy_from_slice(cdb);
+        let mut reply = Vec::new();
+        (plan(&context, &padded, &mut reply), reply)
+    };
+    assert_eq!(ask(&[0x12, 0, 0, 0, 96]).1[0], 0x7f);
+    assert_eq!(ask(&[0x03, 0, 0, 0, 18]).1[12], 0x25);
+    assert_eq!(ask(&[0xa0, 0, 0, 0, 0, 0, 0, 0, 0, 16]).1.len(), 16);
+    for opcode in [0x00, 0x28, 0x2a, 0x9e, 0xff] {
+        assert_eq!(ask(&[opcode]).0, Err(Sense::illegal(asc::LUN_NOT_SUPPORTED)));
+    }
+}
+
+#[test]
+fn lba_status_never_calls_data_deallocated() {
+    let disk = disk();
+    let status = |extents: &[(u64, bool)]| {
+        let mut reply = Vec::new();
+        lba_status(&disk, 4096, extents, 1024, &mut reply);
+        let runs = reply[8..].chunks(16).map(|run| (run.u64_at(0), run.u32_at(8), run[12]));
+        runs.collect::<Vec<_>>()
+    };
+    assert_eq!(status(&[(8192, true), (8192, false)]), [(1, 2, 0), (3, 2, 1)]);
+    // A block that is partly data is mapped.
+    assert_eq!(status(&[(5000, false), (100, true), (20_000, false)]), [(1, 1, 1), (2, 1, 0), (3, 4, 1)]);
+    assert_eq!(status(&[]), [(1, 1, 0)]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(4000) })]
+
+    /// No CDB panics, and none comes to anything outside of the disk.
+    #[test]
+    fn any_cdb_stays_within_the_disk(
+        mut cdb in any::<[u8; 16]>(), known in any::<bool>(), small in any::<bool>(), read_only in any::<bool>()
+    ) {
+        let disk = Disk { read_only, blocks: 1 << 20, ..disk() };
+        if known {
+            cdb[0] = [0x08, 0x0a, 0x28, 0x2a, 0x88, 0x8a, 0x41, 0x93, 0x2f, 0x9e, 0x35, 0x2e, 0x12, 0x1a][usize::from(cdb[15] % 14)];
+            cdb[1] &= 0x1a;
+            cdb[15] = 0;
+            cdb[14] = 0;
+        }
+        if small {
+            cdb[2..8].fill(0);
+        }
+        let (plan, reply) = ask(&disk, &cdb);
+        prop_assert!(reply.len() < 4096);
+        let within = |offset: u64, length: u64| offset + length <= disk.bytes() && (offset | length).is_multiple_of(4096);
+        match plan {
+            Ok(Plan::Read { offset, length, .. } | Plan::Verify { offset, length, .. }) => {
+                prop_assert!(within(offset, length.into()) && length <= disk.max_transfer);
+            }
+            Ok(Plan::Write { offset, length, .. }) => {
+                prop_assert!(within(offset, length.into()) && length <= disk.max_transfer && !read_only);
+            }
+            Ok(Plan::Same { offset, length, .. }) => prop_assert!(within(offset, length) && !read_only),
+            Ok(Plan::LbaStatus { offset, .. }) => prop_assert!(within(offset, 4096)),
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn any_parameter_list_is_contained(list in proptest::collection::vec(any::<u8>(), 0..200), ten in any::<bool>()) {
+        let disk = disk();
+        if let Ok(ranges) = unmap_ranges(&disk, &list) {
+            prop_assert!(ranges.iter().all(|(offset, length)| offset + length <= disk.bytes()));
+        }
+        let (kind, cdb) = if ten { (Parameter::ModeSelect10, 0x55) } else { (Parameter::ModeSelect6, 0x15) };
+        let cdb = [cdb, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        let _ = mode_select(&disk, ModeState::default(), &cdb, kind, &list);
+    }
+}

@@ -1,0 +1,6 @@
+//! The target against initiators played by hand.
+
+mod hostile;
+mod sessions;
+mod transfers;
+mod world;

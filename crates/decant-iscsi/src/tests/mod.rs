@@ -1,0 +1,5 @@
+//! Tests of what both roles share.
+
+mod golden;
+mod negotiation;
+mod stream;
