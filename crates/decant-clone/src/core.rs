@@ -532,8 +532,10 @@ impl<W> CloneCore<W> {
     }
 
     /// A machine is about to boot: until its reads have come, for a second at most, nothing is fetched but what they wait for
-    /// and what lies around it. The interruption is those reads; the rest has time.
+    /// and what lies around it. The interruption is those reads; the rest has time. Ahead of them comes the volume's start, where
+    /// file systems keep what a mount reads first: ext4's superblock and group descriptors, 64 bytes for each 128 MiB.
     pub fn expect_boot(&mut self, now: Duration) {
+        self.heat(0);
         self.boot = Some(Boot { quiet: now + BOOT_QUIET, end: now + BOOT_LONGEST });
     }
 

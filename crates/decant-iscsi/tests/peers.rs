@@ -38,6 +38,9 @@ fn libiscsi_reads_many_blocks_at_a_time() {
 
 #[test]
 fn qemu_writes_reads_discards_and_maps() {
+    if !support::has_qemu("qemu_writes_reads_discards_and_maps") {
+        return;
+    }
     let fixture = serve(&Shape::default());
     let url = fixture.url("");
     let info = text(&run(20, "qemu-img", &["info", &url]));
@@ -77,6 +80,9 @@ fn chap_is_asked_of_libiscsi_and_qemu() {
 
 #[test]
 fn a_read_only_disk_is_read_only_to_qemu() {
+    if !support::has_qemu("a_read_only_disk_is_read_only_to_qemu") {
+        return;
+    }
     let fixture = serve(&Shape { read_only: true, ..Shape::default() });
     let output = run(20, "qemu-io", &["-f", "raw", "-c", "write 0 4k", &fixture.url("")]);
     assert!(!output.status.success() || text(&output).contains("rror"), "{}", text(&output));

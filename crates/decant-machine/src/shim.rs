@@ -14,6 +14,7 @@
 //! The shim has one thread and never makes a call that can wait for the volume: those are errands of forked children.
 
 mod errand;
+mod groups;
 mod log;
 mod pid1;
 mod program;

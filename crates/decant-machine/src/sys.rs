@@ -85,10 +85,10 @@ pub(crate) fn close_all_but(keep: &[RawFd]) {
     }
 }
 
-/// Trims free space of the file system that `directory` is on; the bytes that it says it trimmed.
-pub(crate) fn trim(directory: BorrowedFd<'_>) -> io::Result<u64> {
+/// Trims free space in `range`, bytes, of the file system that `directory` is on; the bytes that it says it trimmed.
+pub(crate) fn trim(directory: BorrowedFd<'_>, range: &std::ops::Range<u64>) -> io::Result<u64> {
     // struct fstrim_range: start, len, minlen; the kernel writes what it trimmed to len.
-    let mut range: [u64; 3] = [0, u64::MAX, 0];
+    let mut range: [u64; 3] = [range.start, range.end - range.start, 0];
     // SAFETY: FITRIM reads and writes one struct fstrim_range, which outlives the call.
     check(unsafe { libc::ioctl(directory.as_raw_fd(), FITRIM, range.as_mut_ptr()) })?;
     Ok(range[1])

@@ -98,3 +98,14 @@ pub(crate) fn run(seconds: u32, program: &str, arguments: &[&str]) -> Output {
 pub(crate) fn text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
 }
+
+/// Whether QEMU's iscsi driver, a module of QEMU's own version, is on this machine; says so if not, as `SKIP <test>: <why>`.
+#[allow(dead_code, reason = "not every test file asks QEMU")]
+pub(crate) fn has_qemu(test: &str) -> bool {
+    let directory = format!("/usr/lib/{}-linux-gnu/qemu/block-iscsi.so", std::env::consts::ARCH);
+    let found = std::path::Path::new(&directory).exists();
+    if !found {
+        println!("SKIP {test}: qemu-block-extra of the version of qemu-utils is not installed");
+    }
+    found
+}

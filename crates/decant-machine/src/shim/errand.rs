@@ -1,5 +1,6 @@
 //! Errands: what may take long or hang in the kernel is done by a forked child, so that the shim can always answer and kill.
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
@@ -7,10 +8,12 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, FileType, Gid, Mode, OFlags, Uid};
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal};
 
+use super::groups;
 use super::program::DATA;
 use crate::protocol::Device;
 use crate::sys;
@@ -90,8 +93,8 @@ impl Errand {
         })
     }
 
-    pub(super) fn trim() -> io::Result<Self> {
-        Self::fork(Task::Trim, || match data().and_then(|data| sys::trim(data.as_fd())) {
+    pub(super) fn trim(device: Option<&Device>) -> io::Result<Self> {
+        Self::fork(Task::Trim, || match trim(device) {
             Ok(trimmed_bytes) => Report { trimmed_bytes, ..Report::default() },
             Err(error) => Report { error: number(Err(error)), ..Report::default() },
         })
@@ -131,20 +134,48 @@ fn sync() -> io::Result<()> {
     Ok(rustix::fs::syncfs(data()?)?)
 }
 
+/// Trims what was ever allocated from; all of it if that cannot be told.
+fn trim(device: Option<&Device>) -> io::Result<u64> {
+    let data = data()?;
+    let ranges = device.and_then(|device| opened(device).and_then(|device| groups::allocated(&device)).ok());
+    let ranges = ranges.unwrap_or_else(|| std::iter::once(0..u64::MAX).collect());
+    ranges.iter().try_fold(0, |sum, range| Ok(sum + sys::trim(data.as_fd(), range)?))
+}
+
+/// The device, to read.
+fn opened(device: &Device) -> io::Result<File> {
+    make_node(device)?;
+    let file = File::open(NODE);
+    std::fs::remove_file(NODE)?;
+    file
+}
+
+fn make_node(device: &Device) -> io::Result<()> {
+    let _ = std::fs::remove_file(NODE);
+    let number = rustix::fs::makedev(device.major, device.minor);
+    Ok(rustix::fs::mknodat(CWD, NODE, FileType::BlockDevice, Mode::from_raw_mode(0o600), number)?)
+}
+
 /// Whether something is mounted at /data.
 pub(super) fn is_mounted() -> bool {
     let device = |path: &str| std::fs::metadata(path).map(|meta| std::os::unix::fs::MetadataExt::dev(&meta));
     matches!((device("/"), device(DATA)), (Ok(root), Ok(data)) if root != data)
 }
 
+/// The block bitmaps of all groups are not read ahead at the mount: on a clone each is a round trip, just when the program boots, and
+/// the unmount has to let go of what was made of them.
+const OPTIONS: &CStr = c"nodiscard,no_prefetch_block_bitmaps";
+
 /// Mounts ext4 without `discard`: trims are explicit, so that deletes cost no round trips to the volume. On first use the
 /// root of the file system is given to the machine's user.
 fn mount(device: &Device, uid: u32, gid: u32) -> io::Result<()> {
-    let _ = std::fs::remove_file(NODE);
-    let number = rustix::fs::makedev(device.major, device.minor);
-    rustix::fs::mknodat(CWD, NODE, FileType::BlockDevice, Mode::from_raw_mode(0o600), number)?;
+    make_node(device)?;
     let flags = MountFlags::NODEV | MountFlags::NOSUID;
-    let mounted = rustix::mount::mount(NODE, DATA, "ext4", flags, c"nodiscard");
+    let mut mounted = rustix::mount::mount(NODE, DATA, "ext4", flags, OPTIONS);
+    if mounted == Err(Errno::INVAL) {
+        // A kernel before 5.13 does not know all of them.
+        mounted = rustix::mount::mount(NODE, DATA, "ext4", flags, c"nodiscard");
+    }
     std::fs::remove_file(NODE)?;
     mounted?;
     let owner = std::os::unix::fs::MetadataExt::uid(&std::fs::metadata(Path::new(DATA))?);

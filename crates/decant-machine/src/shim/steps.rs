@@ -167,15 +167,16 @@ impl Shim {
         if self.errand.is_some() {
             return;
         }
-        let trims = self.trim_due().is_none();
-        for (wait, start) in [(Wait::Sync, Errand::sync as fn() -> _), (Wait::Trim, Errand::trim)] {
-            if self.anyone_waits_for(wait) && (wait != Wait::Trim || trims) {
-                match start() {
-                    Ok(errand) => self.errand = Some(errand),
-                    Err(error) => self.answer(wait, &Err(format!("cannot fork: {error}"))),
-                }
-                return;
-            }
+        let (wait, errand) = if self.anyone_waits_for(Wait::Sync) {
+            (Wait::Sync, Errand::sync())
+        } else if self.anyone_waits_for(Wait::Trim) && self.trim_due().is_none() {
+            (Wait::Trim, Errand::trim(self.device.as_ref()))
+        } else {
+            return;
+        };
+        match errand {
+            Ok(errand) => self.errand = Some(errand),
+            Err(error) => self.answer(wait, &Err(format!("cannot fork: {error}"))),
         }
     }
 
