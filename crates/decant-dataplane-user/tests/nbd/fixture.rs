@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use decant_dataplane_user::device::{Exported, Fetch, Origin as _, OriginSink, Status, Want};
+use decant_dataplane_user::device::{Exported, Fetch, Origin as _, OriginSink, ReadSink, Served as Have, Status, Want};
 use decant_dataplane_user::export::{Address, Server};
 use decant_dataplane_user::origin::{NbdOrigin, Options, Timing};
 use decant_dataplane_user::tls::{Fingerprint, Identity, Paths};
@@ -46,6 +46,15 @@ pub(crate) struct Disk {
     pub(crate) gate: Mutex<Option<u64>>,
     pub(crate) gate_changed: Condvar,
     pub(crate) digests: bool,
+    /// Reads from the offset on are not here: they are parked.
+    pub(crate) parked: Mutex<Option<Parked>>,
+}
+
+/// Reads that wait for bytes from `from` on.
+#[derive(Default)]
+pub(crate) struct Parked {
+    pub(crate) from: u64,
+    pub(crate) reads: Vec<(u64, usize, Box<dyn ReadSink>)>,
 }
 
 impl Disk {
@@ -59,6 +68,7 @@ impl Disk {
             gate: Mutex::new(None),
             gate_changed: Condvar::new(),
             digests: true,
+            parked: Mutex::new(None),
         }
     }
 
@@ -95,6 +105,17 @@ impl Exported for Disk {
         let bytes = self.bytes.lock().unwrap();
         buffer.copy_from_slice(&bytes[offset as usize..][..buffer.len()]);
         Ok(())
+    }
+
+    fn try_read(&self, offset: u64, buffer: &mut [u8]) -> Result<Have, Errno> {
+        if self.parked.lock().unwrap().as_ref().is_some_and(|parked| offset >= parked.from) {
+            return Ok(Have::Missing);
+        }
+        self.read(offset, buffer).map(|()| Have::Done)
+    }
+
+    fn park(&self, offset: u64, length: usize, sink: Box<dyn ReadSink>) {
+        self.parked.lock().unwrap().as_mut().unwrap().reads.push((offset, length, sink));
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), Errno> {

@@ -4,5 +4,6 @@ mod faults;
 mod fixture;
 mod limits;
 mod origin;
+mod parked;
 mod peers;
 mod tls;
