@@ -1,4 +1,4 @@
-//! The iSCSI protocol, target and initiator, and the SCSI disk behind a target, without I/O.
+//! The iSCSI protocol, a target's side, and the SCSI disk behind it, without I/O.
 //!
 //! Sections named in this crate are those of RFC 7143 unless another document is named; SPC, SBC and SAM are the T10
 //! standards as of SPC-4, SBC-3 and SAM-5. Integers are big-endian on the wire.
