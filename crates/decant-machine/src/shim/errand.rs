@@ -138,8 +138,7 @@ fn sync() -> io::Result<()> {
 fn trim(device: Option<&Device>) -> io::Result<u64> {
     let data = data()?;
     let ranges = device.and_then(|device| opened(device).and_then(|device| groups::allocated(&device)).ok());
-    let ranges = ranges.unwrap_or_else(|| std::iter::once(0..u64::MAX).collect());
-    ranges.iter().try_fold(0, |sum, range| Ok(sum + sys::trim(data.as_fd(), range)?))
+    ranges.unwrap_or_else(groups::whole).iter().try_fold(0, |sum, range| Ok(sum + sys::trim(data.as_fd(), range)?))
 }
 
 /// The device, to read.

@@ -18,11 +18,16 @@ const INCOMPAT_64BIT: u32 = 0x80;
 const RO_COMPAT_CSUMS: u32 = 0x10 | 0x400;
 const BLOCK_UNINIT: u16 = 0x2;
 
+/// All of a file system.
+pub(super) fn whole() -> Vec<Range<u64>> {
+    std::iter::once(0..u64::MAX).collect()
+}
+
 /// The bytes of groups that were ever allocated from, in order; the whole of a file system that does not say.
 pub(super) fn allocated(device: &File) -> io::Result<Vec<Range<u64>>> {
     let mut superblock = [0; 1024];
     device.read_exact_at(&mut superblock, SUPERBLOCK)?;
-    let Some(layout) = Layout::of(&superblock) else { return Ok(std::iter::once(0..u64::MAX).collect()) };
+    let Some(layout) = Layout::of(&superblock) else { return Ok(whole()) };
     let mut descriptors = vec![0; layout.groups * layout.descriptor];
     device.read_exact_at(&mut descriptors, layout.table)?;
     let mut ranges: Vec<Range<u64>> = Vec::new();
@@ -110,12 +115,11 @@ mod tests {
 
     #[test]
     fn a_file_system_that_does_not_say_is_taken_whole() {
-        let whole: Vec<Range<u64>> = std::iter::once(0..u64::MAX).collect();
-        assert_eq!(made("64M", &["-O", "^metadata_csum,^uninit_bg"]).1, whole);
-        assert_eq!(made("64M", &["-O", "meta_bg,^resize_inode"]).1, whole);
+        assert_eq!(made("64M", &["-O", "^metadata_csum,^uninit_bg"]).1, whole());
+        assert_eq!(made("64M", &["-O", "meta_bg,^resize_inode"]).1, whole());
         let nothing = tempfile::NamedTempFile::new().expect("a file");
         nothing.as_file().set_len(1 << 20).expect("a size");
-        assert_eq!(allocated(nothing.as_file()).expect("zeros"), whole);
+        assert_eq!(allocated(nothing.as_file()).expect("zeros"), whole());
     }
 
     #[test]
