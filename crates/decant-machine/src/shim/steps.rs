@@ -370,7 +370,7 @@ impl Shim {
             return Some(Phase::Killing);
         }
         if !hard && self.mounted && self.errand.is_none() {
-            self.errand = Errand::sync().ok();
+            self.errand = Errand::settle().ok();
         }
         Some(Phase::WritingBack { until: Instant::now() + WRITE_BACK })
     }
