@@ -49,6 +49,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         read_only,
         thin: true,
         max_transfer: 4 * 1024 * 1024,
+        digests: false,
     };
     println!("READY {}", listener.local_addr()?);
     target_server::Server::start(listener, Target::new(config, disk), file, workers, true).wait();

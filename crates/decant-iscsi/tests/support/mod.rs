@@ -70,6 +70,7 @@ pub(crate) fn serve(shape: &Shape) -> Fixture {
         read_only: shape.read_only,
         thin: true,
         max_transfer: 4 * 1024 * 1024,
+        digests: false,
     };
     let file = disk.reopen().expect("the same file again");
     let server = Server::start(listener, Target::new(config, what), file, shape.workers, false);

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt as _;
 
-use decant_iscsi::scsi::Compare;
+use decant_iscsi::scsi::{Compare, DIGEST_BLOCK};
 use decant_iscsi::target::{Failure, Outcome, Request};
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
@@ -15,6 +15,7 @@ pub(crate) enum Owned {
     Data(Vec<u8>),
     Mismatch(u64),
     Extents(Vec<(u64, bool)>),
+    Digests(Vec<u32>),
     Failed(Failure),
 }
 
@@ -25,6 +26,7 @@ impl Owned {
             Self::Data(data) => Outcome::Data(std::mem::take(data)),
             Self::Mismatch(at) => Outcome::Mismatch(*at),
             Self::Extents(extents) => Outcome::Extents(extents),
+            Self::Digests(digests) => Outcome::Digests(digests),
             Self::Failed(failure) => Outcome::Failed(*failure),
         }
     }
@@ -93,6 +95,11 @@ fn try_perform(file: &File, request: Request, buffer: &[u8]) -> io::Result<Owned
         }
         Request::Flush => file.sync_data()?,
         Request::Status { offset, extents } => return status(file, offset, extents).map(Owned::Extents),
+        Request::Digests { offset, length } => {
+            let mut found = vec![0; length as usize];
+            file.read_exact_at(&mut found, offset)?;
+            return Ok(Owned::Digests(found.chunks(DIGEST_BLOCK as usize).map(crc32c::crc32c).collect()));
+        }
         Request::Read { .. } => {}
     }
     Ok(Owned::Done)
