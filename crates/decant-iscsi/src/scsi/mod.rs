@@ -13,6 +13,7 @@ mod sense;
 #[allow(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 mod tests;
 
+pub(crate) use codes::READ_BLOCK_DIGESTS;
 pub use media::{Ranges, lba_status, unmap_ranges};
 pub use mode::{ModeState, select as mode_select};
 pub use sense::{Information, Sense, SenseKey, asc};
@@ -31,6 +32,8 @@ pub mod status {
     pub const RESERVATION_CONFLICT: u8 = 0x18;
     /// TASK SET FULL.
     pub const TASK_SET_FULL: u8 = 0x28;
+    /// TASK ABORTED.
+    pub const TASK_ABORTED: u8 = 0x40;
 }
 
 /// What a disk is.
