@@ -4,8 +4,7 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use decant_base::{BLOCK, Epoch, ExtentSet, VolumeId};
@@ -13,7 +12,7 @@ use decant_clone::Shape;
 use decant_dataplane::CloneStatus;
 use rustix::io::Errno;
 
-use crate::device::{Exported, OriginSink, ReadSink, Status};
+use crate::device::{Exported, Later, OriginSink, Status};
 use crate::engine::{self, Cipher, Engine, Files, Mode, OpenError, open_image};
 use crate::export::{Address, ListenError, Server};
 use crate::fuse::Served;
@@ -202,24 +201,6 @@ struct Front {
     engine: Arc<Engine>,
 }
 
-/// Bytes on their way from the origin's thread to the connection's.
-struct Handover {
-    buffer: Arc<Mutex<Vec<u8>>>,
-    done: SyncSender<Result<(), Errno>>,
-}
-
-impl ReadSink for Handover {
-    fn complete(self: Box<Self>, result: Result<&[u8], Errno>) {
-        let outcome = result.map(|bytes| {
-            let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
-            buffer.clear();
-            buffer.extend_from_slice(bytes);
-        });
-        // Nobody waits any more if the connection has gone.
-        let _ = self.done.send(outcome);
-    }
-}
-
 impl Exported for Front {
     fn size(&self) -> u64 {
         self.engine.shape().size()
@@ -233,31 +214,16 @@ impl Exported for Front {
         true
     }
 
-    fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), Errno> {
-        match self.engine.read(offset, buffer)? {
-            Served::Done => Ok(()),
-            Served::Missing => {
-                let (done, outcome) = sync_channel(1);
-                let bytes = Arc::new(Mutex::new(Vec::with_capacity(buffer.len())));
-                self.engine.park(offset, buffer.len(), Box::new(Handover { buffer: bytes.clone(), done }));
-                outcome.recv().map_err(|_| Errno::IO)??;
-                let bytes = bytes.lock().unwrap_or_else(PoisonError::into_inner);
-                buffer.copy_from_slice(bytes.get(..buffer.len()).ok_or(Errno::IO)?);
-                Ok(())
-            }
+    fn read(&self, offset: u64, buffer: &mut [u8], later: &mut Later<'_>) -> Result<Served, Errno> {
+        let served = self.engine.read(offset, buffer)?;
+        if served == Served::Missing {
+            self.engine.park(offset, buffer.len(), later());
         }
+        Ok(served)
     }
 
-    fn try_read(&self, offset: u64, buffer: &mut [u8]) -> Result<Served, Errno> {
-        self.engine.read(offset, buffer)
-    }
-
-    fn park(&self, offset: u64, length: usize, sink: Box<dyn ReadSink>) {
-        self.engine.park(offset, length, sink);
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) -> Result<(), Errno> {
-        self.engine.write(offset, &mut data.to_vec())
+    fn write(&self, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
+        self.engine.write(offset, data)
     }
 
     fn discard(&self, offset: u64, length: u64) -> Result<(), Errno> {
