@@ -76,28 +76,23 @@ pub struct Status {
     pub hole: bool,
 }
 
-/// What an NBD export serves. Calls may block on the local medium, never on the network.
+/// Makes the sink of a read that has to wait: called once, and only then.
+pub type Later<'a> = dyn FnMut() -> Box<dyn ReadSink> + 'a;
+
+/// What an export serves, over NBD or iSCSI. Calls may block on the local medium, never on the network.
 pub trait Exported: Send + Sync {
     /// Bytes.
     fn size(&self) -> u64;
     /// Whether writes, trims and zeroes are refused with EPERM.
     fn read_only(&self) -> bool;
-    /// Whether requests may be served yet; until then they are parked. [`crate::export::Server::wake`] is called when it turns true.
+    /// Whether requests may be served yet; until then they are parked. The server's `wake` is called when it turns true.
     fn ready(&self) -> bool;
-    /// Fills `buffer` from `offset`.
-    fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), Errno>;
-    /// Fills `buffer` from `offset`, or says that some of it is not here: then [`Exported::park`] waits for it.
-    fn try_read(&self, offset: u64, buffer: &mut [u8]) -> Result<Served, Errno> {
-        self.read(offset, buffer).map(|()| Served::Done)
-    }
-    /// Answers `sink` once the bytes are here, perhaps before this returns. Only after [`Served::Missing`].
-    fn park(&self, offset: u64, length: usize, sink: Box<dyn ReadSink>) {
-        let mut buffer = vec![0; length];
-        let result = self.read(offset, &mut buffer);
-        sink.complete(result.map(|()| &buffer[..]));
-    }
-    /// Writes `data` at `offset`.
-    fn write(&self, offset: u64, data: &[u8]) -> Result<(), Errno>;
+    /// Fills `buffer` from `offset`; or, if some of it is not here, keeps the sink that `later` makes, which is answered once
+    /// the bytes are here (perhaps before this returns), and says [`Served::Missing`]. A device that has everything never
+    /// asks for a sink.
+    fn read(&self, offset: u64, buffer: &mut [u8], later: &mut Later<'_>) -> Result<Served, Errno>;
+    /// Writes `data` at `offset`; `data` is scratch afterwards.
+    fn write(&self, offset: u64, data: &mut [u8]) -> Result<(), Errno>;
     /// Discards, so that the range reads as zeros.
     fn discard(&self, offset: u64, length: u64) -> Result<(), Errno>;
     /// Makes all that was acknowledged durable.

@@ -1,28 +1,33 @@
-//! An NBD server for one [`Exported`]: a thread that accepts, and one thread for each connection.
+//! Servers for one [`Exported`]: NBD here, iSCSI in [`iscsi`]; both have a thread that accepts and one for each connection.
 //!
-//! A connection's thread reads requests, does them against the local medium one after another, and answers; a client that
+//! An NBD connection's thread reads requests, does them against the local medium one after another, and answers; a client that
 //! wants more at a time opens more connections (multi-conn is offered). That bounds memory and bytes in flight by the
 //! number of connections, without a counter: each has one reply buffer. Nobody waits for a peer while holding a lock.
 
+pub mod claim;
 mod connection;
+mod doors;
+pub mod iscsi;
+mod medium;
 mod replies;
+mod workers;
 
-use std::collections::HashMap;
 use std::io;
-use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::Duration;
 
 use decant_nbd::{BlockSizes, Contexts, ExportInfo, MAX_NAME, MAX_PAYLOAD, TransmissionFlags, server};
-use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
 
-use crate::device::Exported;
-use crate::stream::{Kick, Listener, wait_for};
+use crate::device::{Exported, ReadSink, Served as Here};
+use crate::stream::{Listener, Stream};
 use crate::tls::ServerTls;
+use doors::Doors;
 
 pub use crate::stream::Address;
+pub use medium::FileMedium;
 
 /// Most connections at a time; a further one is closed at once.
 pub const MAX_CONNECTIONS: usize = 100;
@@ -43,6 +48,16 @@ pub enum ListenError {
     /// A name or size that NBD cannot express.
     #[error("an export name has at most {MAX_NAME} bytes, and a size is below 2^63")]
     Inexpressible,
+    /// A size that is no number of blocks.
+    #[error(
+        "{size} bytes are no whole number of {block_bytes}-byte blocks, which have 512 or 4096 bytes; there must be one"
+    )]
+    Blocks {
+        /// Of the device, bytes.
+        size: u64,
+        /// Of a block.
+        block_bytes: u32,
+    },
     /// No descriptors or threads left.
     #[error("cannot start the server: {0}")]
     Start(#[source] io::Error),
@@ -63,23 +78,14 @@ pub(crate) struct Shared {
     device: Arc<dyn Exported>,
     config: server::Config,
     tls: Option<ServerTls>,
-    closed: AtomicBool,
-    accept_kick: Kick,
-    connections: Mutex<HashMap<u64, Handle>>,
+    doors: Arc<Doors>,
     bytes_read: AtomicU64,
-    refused: AtomicU64,
 }
 
-struct Handle {
-    kick: Arc<Kick>,
-    thread: Option<JoinHandle<()>>,
-}
-
-/// A running server. Dropping it closes it.
+/// A running NBD server. Dropping it closes it.
 pub struct Server {
     shared: Arc<Shared>,
     address: Address,
-    acceptor: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Server {
@@ -110,22 +116,15 @@ impl Server {
         let bind = |source| ListenError::Bind { address: address.clone(), source };
         let listener = Listener::bind(address).map_err(bind)?;
         let bound = listener.address().map_err(bind)?;
-        let shared = Arc::new(Shared {
-            device,
-            config,
-            tls,
-            closed: AtomicBool::new(false),
-            accept_kick: Kick::new().map_err(ListenError::Start)?,
-            connections: Mutex::new(HashMap::new()),
-            bytes_read: AtomicU64::new(0),
-            refused: AtomicU64::new(0),
-        });
-        let acceptor = {
-            let shared = shared.clone();
-            thread::Builder::new().name("nbd-accept".into()).spawn(move || accept(&shared, &listener))
+        let doors = Arc::new(Doors::new("nbd", &[]).map_err(ListenError::Start)?);
+        let bytes_read = AtomicU64::new(0);
+        let shared = Arc::new(Shared { device, config, tls, doors, bytes_read });
+        let serving = Arc::clone(&shared);
+        let serve = move |visitor: doors::Visitor| {
+            connection::run(&serving, Stream::new(visitor.socket), &visitor.kick, &visitor.peer);
         };
-        let acceptor = Mutex::new(Some(acceptor.map_err(ListenError::Start)?));
-        Ok(Self { shared, address: bound, acceptor })
+        shared.doors.open(listener, serve).map_err(ListenError::Start)?;
+        Ok(Self { shared, address: bound })
     }
 
     /// Where it listens, the port filled in.
@@ -135,42 +134,19 @@ impl Server {
 
     /// [`Exported::ready`] has turned true: parked requests go on.
     pub fn wake(&self) {
-        for handle in self.shared.lock().values() {
-            handle.kick.kick();
-        }
+        self.shared.doors.wake();
     }
 
     /// Counts so far.
     pub fn served(&self) -> Served {
-        Served {
-            connections: self.shared.lock().len() as u64,
-            bytes_read: self.shared.bytes_read.load(Ordering::Relaxed),
-            refused: self.shared.refused.load(Ordering::Relaxed),
-        }
+        let (connections, refused) = self.shared.doors.counts();
+        Served { connections, bytes_read: self.shared.bytes_read.load(Ordering::Relaxed), refused }
     }
 
     /// Ends all connections, idle, parked or in the middle of a handshake, and waits until their threads are gone. Takes no
     /// longer than the call to the device that is going on. Must not be called by the device.
     pub fn close(&self) {
-        self.shared.closed.store(true, Ordering::Release);
-        self.shared.accept_kick.kick();
-        let acceptor = self.acceptor.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(acceptor) = acceptor {
-            let _ = acceptor.join();
-        }
-        let threads: Vec<_> = {
-            let mut connections = self.shared.lock();
-            connections
-                .values_mut()
-                .filter_map(|handle| {
-                    handle.kick.kick();
-                    handle.thread.take()
-                })
-                .collect()
-        };
-        for thread in threads {
-            let _ = thread.join();
-        }
+        self.shared.doors.close();
     }
 }
 
@@ -181,62 +157,31 @@ impl Drop for Server {
 }
 
 impl Shared {
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Handle>> {
-        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn is_closed(&self) -> bool {
-        self.closed.load(Ordering::Acquire)
+        self.doors.is_closed()
     }
 }
 
-fn accept(shared: &Arc<Shared>, listener: &Listener) {
-    let mut serial = 0u64;
-    while !shared.is_closed() {
-        match listener.accept() {
-            Ok((stream, peer)) => {
-                serial += 1;
-                start(shared, serial, stream, peer);
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                let mut fds = [
-                    PollFd::new(listener, PollFlags::IN),
-                    PollFd::from_borrowed_fd(shared.accept_kick.as_fd(), PollFlags::IN),
-                ];
-                if wait_for(&mut fds, None).is_err() {
-                    return;
-                }
-            }
-            Err(error) => {
-                // Out of descriptors, most likely: some will come back. Not a busy loop meanwhile.
-                tracing::warn!(%error, "cannot accept an NBD connection");
-                shared.accept_kick.wait(crate::stream::now().checked_add(Duration::from_millis(100)));
-            }
-        }
+/// Hands a read that had to wait over to the thread that waits for it.
+struct Handover(SyncSender<Result<Vec<u8>, Errno>>);
+
+impl ReadSink for Handover {
+    fn complete(self: Box<Self>, result: Result<&[u8], Errno>) {
+        // Nobody waits any more if the connection has gone.
+        let _ = self.0.send(result.map(<[u8]>::to_vec));
     }
 }
 
-fn start(shared: &Arc<Shared>, serial: u64, stream: crate::stream::Stream, peer: String) {
-    let kick = match Kick::new() {
-        Ok(kick) => Arc::new(kick),
-        Err(error) => return tracing::warn!(%error, "cannot serve an NBD connection"),
-    };
-    let mut connections = shared.lock();
-    if connections.len() >= MAX_CONNECTIONS {
-        shared.refused.fetch_add(1, Ordering::Relaxed);
-        return tracing::warn!(%peer, "NBD connection refused: {MAX_CONNECTIONS} are open");
-    }
-    let thread = {
-        let (shared, kick) = (shared.clone(), kick.clone());
-        thread::Builder::new().name("nbd-serve".into()).spawn(move || {
-            connection::run(&shared, stream, &kick, &peer);
-            shared.lock().remove(&serial);
-        })
-    };
-    match thread {
-        Ok(thread) => {
-            connections.insert(serial, Handle { kick, thread: Some(thread) });
+/// Reads, waiting for what is not here: for the part of a request that nothing else of it can overtake.
+fn read_waiting(device: &dyn Exported, offset: u64, buffer: &mut [u8]) -> Result<(), Errno> {
+    let (done, outcome) = sync_channel(1);
+    match device.read(offset, buffer, &mut || Box::new(Handover(done.clone())))? {
+        Here::Done => Ok(()),
+        Here::Missing => {
+            drop(done);
+            let bytes = outcome.recv().map_err(|_| Errno::IO)??;
+            buffer.copy_from_slice(bytes.get(..buffer.len()).ok_or(Errno::IO)?);
+            Ok(())
         }
-        Err(error) => tracing::warn!(%error, "cannot serve an NBD connection"),
     }
 }

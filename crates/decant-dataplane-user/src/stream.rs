@@ -2,10 +2,11 @@
 
 use std::fmt;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -121,6 +122,12 @@ pub(crate) enum Wait {
 /// A connection's socket, to wait on while the connection is in other hands.
 pub(crate) struct Socket(Arc<OwnedFd>);
 
+impl From<Arc<OwnedFd>> for Socket {
+    fn from(socket: Arc<OwnedFd>) -> Self {
+        Self(socket)
+    }
+}
+
 impl Socket {
     /// Waits until what is wanted may work, a kick, or the deadline. True: kicked (and the kick is cleared).
     pub(crate) fn wait(&self, want: Wait, kick: &Kick, deadline: Option<Instant>) -> io::Result<bool> {
@@ -140,20 +147,9 @@ pub(crate) struct Stream {
 }
 
 impl Stream {
-    /// A socket that was accepted, or that is being connected.
-    pub(crate) fn new(socket: OwnedFd, tcp: bool) -> io::Result<Self> {
-        rustix::io::ioctl_fionbio(&socket, true)?;
-        if tcp {
-            sockopt::set_tcp_nodelay(&socket, true)?;
-            sockopt::set_tcp_user_timeout(&socket, USER_TIMEOUT_MS)?;
-            sockopt::set_socket_keepalive(&socket, true)?;
-            sockopt::set_tcp_keepidle(&socket, KEEPALIVE.0)?;
-            sockopt::set_tcp_keepintvl(&socket, KEEPALIVE.1)?;
-            sockopt::set_tcp_keepcnt(&socket, KEEPALIVE.2)?;
-        }
-        // Buffers are the kernel's to size: it grows them with the distance (tcp_rmem, tcp_wmem), and a fixed size would
-        // switch that off.
-        Ok(Self { socket: Arc::new(socket), tls: None, pending: Vec::new(), pending_start: 0, received: 0 })
+    /// On a socket that was set up.
+    pub(crate) fn new(socket: OwnedFd) -> Self {
+        Self { socket: Arc::new(socket), tls: None, pending: Vec::new(), pending_start: 0, received: 0 }
     }
 
     /// Starts connecting to `address`; the socket is writable when that is decided, see [`Self::connected`].
@@ -173,7 +169,10 @@ impl Stream {
             }
         };
         match result {
-            Ok(()) | Err(Errno::INPROGRESS) => Self::new(socket, matches!(address, Address::Tcp(_))),
+            Ok(()) | Err(Errno::INPROGRESS) => {
+                set_up(&socket, matches!(address, Address::Tcp(_)))?;
+                Ok(Self::new(socket))
+            }
             Err(error) => Err(error.into()),
         }
     }
@@ -295,6 +294,22 @@ impl Stream {
     }
 }
 
+/// Sets up a socket that was accepted, or that is being connected: nonblocking, and with a dead peer found out.
+fn set_up(socket: &OwnedFd, tcp: bool) -> io::Result<()> {
+    rustix::io::ioctl_fionbio(socket, true)?;
+    if tcp {
+        sockopt::set_tcp_nodelay(socket, true)?;
+        sockopt::set_tcp_user_timeout(socket, USER_TIMEOUT_MS)?;
+        sockopt::set_socket_keepalive(socket, true)?;
+        sockopt::set_tcp_keepidle(socket, KEEPALIVE.0)?;
+        sockopt::set_tcp_keepintvl(socket, KEEPALIVE.1)?;
+        sockopt::set_tcp_keepcnt(socket, KEEPALIVE.2)?;
+    }
+    // Buffers are the kernel's to size: it grows them with the distance (tcp_rmem, tcp_wmem), and a fixed size would switch
+    // that off.
+    Ok(())
+}
+
 fn wait_on(socket: &OwnedFd, want: Wait, kick: &Kick, deadline: Option<Instant>) -> io::Result<bool> {
     let events = match want {
         Wait::Read => PollFlags::IN | PollFlags::RDHUP,
@@ -348,15 +363,30 @@ pub(crate) enum Listener {
     Unix(UnixListener, PathBuf),
 }
 
+/// Removes a socket that its server has left behind.
+fn remove_stale(path: &Path) -> io::Result<()> {
+    let meta = match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        meta => meta?,
+    };
+    if !meta.file_type().is_socket() {
+        return Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is a file of that name"));
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path),
+        _ => Err(io::ErrorKind::AddrInUse.into()),
+    }
+}
+
 impl Listener {
-    /// Listens; a stale Unix socket at the same path makes room.
+    /// Listens; a Unix socket at the same path that nobody serves makes room, and nothing else does.
     pub(crate) fn bind(address: &Address) -> io::Result<Self> {
         let listener = match address {
             Address::Tcp(address) => Self::Tcp(TcpListener::bind(address)?),
-            Address::Unix(path) => match std::fs::remove_file(path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => Self::Unix(UnixListener::bind(path)?, path.clone()),
-            },
+            Address::Unix(path) => {
+                remove_stale(path)?;
+                Self::Unix(UnixListener::bind(path)?, path.clone())
+            }
         };
         rustix::io::ioctl_fionbio(listener.as_fd(), true)?;
         Ok(listener)
@@ -370,19 +400,29 @@ impl Listener {
         })
     }
 
-    /// The next connection and who it is; `WouldBlock` if there is none.
-    pub(crate) fn accept(&self) -> io::Result<(Stream, String)> {
-        match self {
+    /// The next connection's socket, set up, and who it is; `WouldBlock` if there is none.
+    pub(crate) fn accept(&self) -> io::Result<(OwnedFd, Peer)> {
+        let (socket, peer): (OwnedFd, _) = match self {
             Self::Tcp(listener) => {
                 let (socket, peer) = listener.accept()?;
-                Ok((Stream::new(socket.into(), true)?, peer.to_string()))
+                (socket.into(), Peer { name: peer.to_string(), address: Some(peer.ip()) })
             }
             Self::Unix(listener, path) => {
                 let (socket, _) = listener.accept()?;
-                Ok((Stream::new(socket.into(), false)?, path.display().to_string()))
+                (socket.into(), Peer { name: path.display().to_string(), address: None })
             }
-        }
+        };
+        set_up(&socket, peer.address.is_some())?;
+        Ok((socket, peer))
     }
+}
+
+/// Who connected.
+pub(crate) struct Peer {
+    /// For people.
+    pub(crate) name: String,
+    /// Over TCP, from where.
+    pub(crate) address: Option<IpAddr>,
 }
 
 impl AsFd for Listener {

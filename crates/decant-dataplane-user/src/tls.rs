@@ -149,12 +149,12 @@ impl Identity {
         Fingerprint::of(self.chain.first().map(AsRef::as_ref).unwrap_or_default())
     }
 
-    /// As a client of the server that shows the certificate `pinned`.
+    /// As a client of the server that shows the certificate `pinned`, or, without one, any of the fleet's.
     ///
     /// # Errors
     /// Certificate and key do not belong together.
-    pub fn client(&self, pinned: Fingerprint) -> Result<ClientTls, TlsError> {
-        let verifier = PinnedServer { roots: self.roots.clone(), provider: provider(), pinned };
+    pub fn client(&self, pinned: impl Into<Option<Fingerprint>>) -> Result<ClientTls, TlsError> {
+        let verifier = PinnedServer { roots: self.roots.clone(), provider: provider(), pinned: pinned.into() };
         let mut config = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&version::TLS13])
             .map_err(TlsError::Unfit)?
@@ -167,16 +167,16 @@ impl Identity {
         Ok(ClientTls { config: Arc::new(config) })
     }
 
-    /// As a server for the client that shows the certificate `pinned`.
+    /// As a server for the client that shows the certificate `pinned`, or, without one, any of the fleet's.
     ///
     /// # Errors
     /// Certificate and key do not belong together, or the CA cannot be used.
-    pub fn server(&self, pinned: Fingerprint) -> Result<ServerTls, TlsError> {
+    pub fn server(&self, pinned: impl Into<Option<Fingerprint>>) -> Result<ServerTls, TlsError> {
         let webpki = WebPkiClientVerifier::builder_with_provider(self.roots.clone(), provider()).build()?;
         let mut config = ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&version::TLS13])
             .map_err(TlsError::Unfit)?
-            .with_client_cert_verifier(Arc::new(PinnedClient { webpki, pinned }))
+            .with_client_cert_verifier(Arc::new(PinnedClient { webpki, pinned: pinned.into() }))
             .with_single_cert(self.chain.clone(), self.key.clone_key())
             .map_err(TlsError::Unfit)?;
         config.send_tls13_tickets = 0;
@@ -206,7 +206,8 @@ struct WrongPeer {
     pinned: Fingerprint,
 }
 
-fn check_pin(certificate: &CertificateDer<'_>, pinned: Fingerprint) -> Result<(), Error> {
+fn check_pin(certificate: &CertificateDer<'_>, pinned: Option<Fingerprint>) -> Result<(), Error> {
+    let Some(pinned) = pinned else { return Ok(()) };
     let found = Fingerprint::of(certificate);
     if found == pinned {
         return Ok(());
@@ -219,7 +220,7 @@ fn check_pin(certificate: &CertificateDer<'_>, pinned: Fingerprint) -> Result<()
 struct PinnedServer {
     roots: Arc<RootCertStore>,
     provider: Arc<CryptoProvider>,
-    pinned: Fingerprint,
+    pinned: Option<Fingerprint>,
 }
 
 impl ServerCertVerifier for PinnedServer {
@@ -264,7 +265,7 @@ impl ServerCertVerifier for PinnedServer {
 #[derive(Debug)]
 struct PinnedClient {
     webpki: Arc<dyn ClientCertVerifier>,
-    pinned: Fingerprint,
+    pinned: Option<Fingerprint>,
 }
 
 impl ClientCertVerifier for PinnedClient {

@@ -52,6 +52,30 @@ pub enum Violation {
     /// The peer rejected a PDU of ours (11.17).
     #[error("peer rejected a PDU, reason {0:#04x}")]
     Rejected(u8),
+    /// An answer to a task that was not asked for, or is answered already.
+    #[error("an answer to task {0:#x}, which is not outstanding")]
+    UnknownTask(u32),
+    /// The target is elsewhere (11.13.5, redirection).
+    #[error("the target has moved to {address}")]
+    Moved {
+        /// TargetAddress.
+        address: String,
+    },
+    /// The target will drop the connection or the session, or wanted it to end (11.9.1).
+    #[error("the target ends the session")]
+    Dropped,
+    /// The disk says that it has changed: its size, or what it is.
+    #[error("the disk has changed")]
+    Changed,
+    /// This disk is not the one that an earlier session found.
+    #[error("this is not the disk that was there before: its {0} differs")]
+    OtherDisk(&'static str),
+    /// The disk is none that can be read.
+    #[error("the disk cannot be used: {0}")]
+    Unusable(&'static str),
+    /// The disk does not answer what it is.
+    #[error("the disk is not ready: {0}")]
+    NotReady(crate::initiator::Failure),
     /// The machine was used after it ended.
     #[error("the connection has ended")]
     Ended,

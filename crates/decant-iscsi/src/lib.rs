@@ -12,6 +12,7 @@
 
 pub mod chap;
 mod error;
+pub mod initiator;
 pub mod login;
 pub mod pdu;
 pub mod scsi;

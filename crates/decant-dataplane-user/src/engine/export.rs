@@ -8,7 +8,7 @@ use decant_base::{BLOCK, ExtentSet};
 use rustix::io::Errno;
 
 use super::{Engine, Life, lock};
-use crate::device::{Exported, Status};
+use crate::device::{Exported, Later, Served, Status};
 
 /// Blocks whose digests share an allocation: 16 MiB of volume, 16 KiB of memory, made when one of them is first served.
 const CHUNK: u64 = 4096;
@@ -119,7 +119,7 @@ impl Exported for Export {
         self.engine.sealed.load(Ordering::SeqCst)
     }
 
-    fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), Errno> {
+    fn read(&self, offset: u64, buffer: &mut [u8], _later: &mut Later<'_>) -> Result<Served, Errno> {
         let bytes = self.check(offset, buffer.len() as u64)?;
         self.read_raw(&bytes, buffer)?;
         // Whole blocks only: pieces of one are digested from the medium when it is asked for.
@@ -136,10 +136,10 @@ impl Exported for Export {
             }
             at = end;
         }
-        Ok(())
+        Ok(Served::Done)
     }
 
-    fn write(&self, _offset: u64, _data: &[u8]) -> Result<(), Errno> {
+    fn write(&self, _offset: u64, _data: &mut [u8]) -> Result<(), Errno> {
         Err(Errno::PERM)
     }
 

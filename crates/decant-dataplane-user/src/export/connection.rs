@@ -9,7 +9,7 @@ use decant_nbd::{Command, Context, ErrorCode, MAX_DESCRIPTORS, MAX_UNIT, Request
 use rustix::io::Errno;
 
 use super::replies::{CHUNK, Replies};
-use super::{HANDSHAKE_DEADLINE, Shared};
+use super::{HANDSHAKE_DEADLINE, Shared, read_waiting};
 use crate::device::{ReadSink, Served, Status};
 use crate::stream::{Kick, Stream, Wait, now};
 use crate::tls::Session;
@@ -56,11 +56,14 @@ struct Parked {
     outlet: Arc<Outlet>,
     replier: Replier,
     request: Request,
+    /// The part of the request that is missing: all of it, or its end.
+    offset: u64,
+    length: u32,
 }
 
 impl ReadSink for Parked {
     fn complete(self: Box<Self>, result: Result<&[u8], Errno>) {
-        let Request { offset, length, .. } = self.request;
+        let (offset, length) = (self.offset, self.length);
         let waits = {
             let mut stream = self.outlet.lock();
             // A connection that broke is found broken by its thread.
@@ -123,7 +126,7 @@ pub(super) fn run(shared: &Shared, stream: Stream, kick: &Arc<Kick>, peer: &str)
         Err(Ended::Closing) => tracing::debug!(peer, export, "NBD connection closed with its export"),
         Err(reason) if connection.core.is_connected() => tracing::info!(peer, export, %reason, "NBD connection ended"),
         Err(reason) => {
-            shared.refused.fetch_add(1, Ordering::Relaxed);
+            shared.doors.refuse();
             tracing::warn!(peer, export, %reason, "NBD handshake failed");
         }
     }
@@ -287,14 +290,15 @@ impl Connection<'_> {
     /// Zeros that stay allocated.
     fn write_zeroes(&mut self, request: &Request, fua: bool) -> Result<(), Errno> {
         let zeros = self.replies.large(CHUNK).slice_mut(0..CHUNK);
-        zeros.fill(0);
         let mut done = 0u64;
         while done < request.length.into() {
             if self.shared.is_closed() {
                 return Err(Errno::SHUTDOWN);
             }
             let count = (u64::from(request.length) - done).min(CHUNK as u64);
-            let piece = zeros.get(..usize::try_from(count).unwrap_or(CHUNK)).unwrap_or_default();
+            // The device may have made something else of the last piece.
+            let piece = zeros.get_mut(..usize::try_from(count).unwrap_or(CHUNK)).unwrap_or_default();
+            piece.fill(0);
             self.shared.device.write(request.offset + done, piece)?;
             done += count;
         }
@@ -383,38 +387,46 @@ impl Connection<'_> {
         if length > CHUNK {
             return self.read_large(request, offset, length);
         }
-        if !self.replies.has_room(length) {
+        // A read's last piece may be parked, and is then answered by whoever brings it: what comes before it must be out.
+        let ends = offset + length as u64 == end;
+        if !self.replies.has_room(length) || (ends && offset > request.offset) {
             self.send_replies()?;
         }
-        let whole = offset == request.offset && length == request.length as usize;
-        let device = &self.shared.device;
+        if ends {
+            self.await_parking()?;
+        }
+        let (outlet, replier, device) = (&self.outlet, self.core.replier(), &*self.shared.device);
         let payload = self.replies.payload(length);
-        let read =
-            if whole { device.try_read(offset, payload) } else { device.read(offset, payload).map(|()| Served::Done) };
+        let read = if ends {
+            device.read(offset, payload, &mut || {
+                outlet.parked.fetch_add(1, Ordering::AcqRel);
+                let (outlet, length) = (Arc::clone(outlet), length as u32);
+                Box::new(Parked { outlet, replier, request: *request, offset, length })
+            })
+        } else {
+            read_waiting(device, offset, payload).map(|()| Served::Done)
+        };
         match read {
-            Ok(Served::Done) => {}
-            Ok(Served::Missing) => return self.park(request).map(Ok),
+            Ok(Served::Done) => {
+                let header = self.core.data(request, offset, length as u32, ends);
+                self.replies.commit(header.as_bytes(), length);
+            }
+            Ok(Served::Missing) => {}
             Err(errno) => return Ok(Err((errno, offset))),
         }
-        let header = self.core.data(request, offset, length as u32, offset + length as u64 == end);
-        self.replies.commit(header.as_bytes(), length);
         self.shared.bytes_read.fetch_add(length as u64, Ordering::Relaxed);
         Ok(Ok(()))
     }
 
-    /// Lets a read wait for its bytes while others are served; whoever brings the bytes answers it.
-    fn park(&mut self, request: &Request) -> Result<(), Ended> {
-        self.send_replies()?;
+    /// Waits until one more read may be parked. Others are served meanwhile by whoever brings their bytes.
+    fn await_parking(&mut self) -> Result<(), Ended> {
         while self.outlet.parked.load(Ordering::Acquire) >= MAX_PARKED {
+            self.send_replies()?;
             if self.shared.is_closed() {
                 return Err(Ended::Closing);
             }
             self.wait(Wait::Hangup, None)?;
         }
-        self.outlet.parked.fetch_add(1, Ordering::AcqRel);
-        let sink = Parked { outlet: Arc::clone(&self.outlet), replier: self.core.replier(), request: *request };
-        self.shared.bytes_read.fetch_add(request.length.into(), Ordering::Relaxed);
-        self.shared.device.park(request.offset, request.length as usize, Box::new(sink));
         Ok(())
     }
 
@@ -422,7 +434,7 @@ impl Connection<'_> {
     fn read_large(&mut self, request: &Request, offset: u64, length: usize) -> Result<Result<(), (Errno, u64)>, Ended> {
         self.send_replies()?;
         let buffer = self.replies.large(length).slice_mut(0..length);
-        if let Err(errno) = self.shared.device.read(offset, buffer) {
+        if let Err(errno) = read_waiting(&*self.shared.device, offset, buffer) {
             return Ok(Err((errno, offset)));
         }
         let header = self.core.data(request, offset, length as u32, true);
@@ -450,7 +462,7 @@ impl Connection<'_> {
         while done < u64::from(request.length) {
             let count = (u64::from(request.length) - done).min(CHUNK as u64) as usize;
             self.take_payload(count)?;
-            let piece = self.replies.large(CHUNK).slice(0..count);
+            let piece = self.replies.large(CHUNK).slice_mut(0..count);
             if result.is_ok() {
                 result = self.shared.device.write(request.offset + done, piece);
             }

@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use decant_dataplane_user::device::{Exported, Fetch, Origin as _, OriginSink, ReadSink, Served as Have, Status, Want};
+use decant_dataplane_user::device::{
+    Exported, Fetch, Later, Origin as _, OriginSink, ReadSink, Served as Have, Status, Want,
+};
 use decant_dataplane_user::export::{Address, Server};
 use decant_dataplane_user::origin::{NbdOrigin, Options, Timing};
 use decant_dataplane_user::tls::{Fingerprint, Identity, Paths};
@@ -97,28 +99,21 @@ impl Exported for Disk {
         self.ready.load(Ordering::SeqCst)
     }
 
-    fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), Errno> {
+    fn read(&self, offset: u64, buffer: &mut [u8], later: &mut Later<'_>) -> Result<Have, Errno> {
         assert_eq!(buffer.as_ptr() as usize % 4096, 0, "buffers are aligned");
+        if let Some(parked) = self.parked.lock().unwrap().as_mut().filter(|parked| offset >= parked.from) {
+            parked.reads.push((offset, buffer.len(), later()));
+            return Ok(Have::Missing);
+        }
         self.check(offset + buffer.len() as u64)?;
         let gate = self.gate.lock().unwrap();
         drop(self.gate_changed.wait_while(gate, |gate| gate.is_some_and(|from| offset >= from)).unwrap());
         let bytes = self.bytes.lock().unwrap();
         buffer.copy_from_slice(&bytes[offset as usize..][..buffer.len()]);
-        Ok(())
+        Ok(Have::Done)
     }
 
-    fn try_read(&self, offset: u64, buffer: &mut [u8]) -> Result<Have, Errno> {
-        if self.parked.lock().unwrap().as_ref().is_some_and(|parked| offset >= parked.from) {
-            return Ok(Have::Missing);
-        }
-        self.read(offset, buffer).map(|()| Have::Done)
-    }
-
-    fn park(&self, offset: u64, length: usize, sink: Box<dyn ReadSink>) {
-        self.parked.lock().unwrap().as_mut().unwrap().reads.push((offset, length, sink));
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) -> Result<(), Errno> {
+    fn write(&self, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
         self.check(offset + data.len() as u64)?;
         self.bytes.lock().unwrap()[offset as usize..][..data.len()].copy_from_slice(data);
         Ok(())

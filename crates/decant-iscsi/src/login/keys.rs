@@ -287,6 +287,16 @@ impl Negotiation {
             }
             params.first_burst = params.max_burst;
         }
+        // A digest that must be there is not, if the peer never said a word about it.
+        let offer = &self.offer;
+        for (key, policy, on) in [
+            ("HeaderDigest", offer.header_digest, params.digests.header),
+            ("DataDigest", offer.data_digest, params.digests.data),
+        ] {
+            if policy == DigestPolicy::Required && !on {
+                return Err(Violation::value(key, "None"));
+            }
+        }
         Ok(params)
     }
 

@@ -38,6 +38,10 @@ pub(super) const READ_12: u8 = 0xa8;
 pub(super) const WRITE_12: u8 = 0xaa;
 pub(super) const WRITE_VERIFY_12: u8 = 0xae;
 pub(super) const VERIFY_12: u8 = 0xaf;
+/// READ BLOCK DIGESTS, of this vendor's own (SPC-4 4.2.5.1: C0h to FFh are the vendor's); docs/iscsi.md has its format.
+pub(crate) const READ_BLOCK_DIGESTS: u8 = 0xd5;
+/// Opcodes from here on are the vendor's.
+const FIRST_VENDOR: u8 = 0xc0;
 
 /// Service action of SERVICE ACTION IN (16): READ CAPACITY (16).
 pub(super) const READ_CAPACITY_16: u8 = 0x10;
@@ -53,16 +57,25 @@ pub(super) struct Code {
     service_action: Option<u8>,
     /// CDB USAGE DATA (SPC-4 6.35.3): bits that are looked at. The opcode itself stands in the first byte.
     usage: &'static [u8],
-    /// Only where blocks can be unmapped.
-    thin: bool,
+    needs: Needs,
+}
+
+/// What a disk must offer for a command to be supported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Needs {
+    Nothing,
+    /// Blocks can be unmapped.
+    Thin,
+    /// Digests of blocks are kept.
+    Digests,
 }
 
 const fn code(opcode: u8, usage: &'static [u8]) -> Code {
-    Code { opcode, service_action: None, usage, thin: false }
+    Code { opcode, service_action: None, usage, needs: Needs::Nothing }
 }
 
 const fn action(opcode: u8, service_action: u8, usage: &'static [u8]) -> Code {
-    Code { opcode, service_action: Some(service_action), usage, thin: false }
+    Code { opcode, service_action: Some(service_action), usage, needs: Needs::Nothing }
 }
 
 const FF: u8 = 0xff;
@@ -87,7 +100,7 @@ const CODES: &[Code] = &[
     code(WRITE_VERIFY_10, &[0x2e, 0x16, FF, FF, FF, FF, 0x1f, FF, FF, 0]),
     code(VERIFY_10, &[0x2f, 0x16, FF, FF, FF, FF, 0x1f, FF, FF, 0]),
     code(SYNCHRONIZE_CACHE_10, &[0x35, 0x06, FF, FF, FF, FF, 0x1f, FF, FF, 0]),
-    Code { thin: true, ..code(UNMAP, &[0x42, 0x00, 0, 0, 0, 0, 0x1f, FF, FF, 0]) },
+    Code { needs: Needs::Thin, ..code(UNMAP, &[0x42, 0x00, 0, 0, 0, 0, 0x1f, FF, FF, 0]) },
     code(WRITE_SAME_10, &[0x41, 0x08, FF, FF, FF, FF, 0x1f, FF, FF, 0]),
     code(MODE_SELECT_10, &[0x55, 0x11, 0, 0, 0, 0, 0, FF, FF, 0]),
     code(MODE_SENSE_10, &[0x5a, 0x18, FF, FF, 0, 0, 0, FF, FF, 0]),
@@ -103,7 +116,7 @@ const CODES: &[Code] = &[
         &[0x9e, 0x10, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, 0x01, 0],
     ),
     Code {
-        thin: true,
+        needs: Needs::Thin,
         ..action(
             SERVICE_ACTION_IN_16,
             GET_LBA_STATUS,
@@ -116,6 +129,10 @@ const CODES: &[Code] = &[
     code(WRITE_12, &[0xaa, 0x1a, FF, FF, FF, FF, FF, FF, FF, FF, 0x1f, 0]),
     code(WRITE_VERIFY_12, &[0xae, 0x16, FF, FF, FF, FF, FF, FF, FF, FF, 0x1f, 0]),
     code(VERIFY_12, &[0xaf, 0x16, FF, FF, FF, FF, FF, FF, FF, FF, 0x1f, 0]),
+    Code {
+        needs: Needs::Digests,
+        ..code(READ_BLOCK_DIGESTS, &[0xd5, 0, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, FF, 0, 0])
+    },
 ];
 
 /// The service action of a command whose opcode has them.
@@ -134,7 +151,11 @@ pub(super) fn is_known(opcode: u8) -> bool {
 
 impl Code {
     fn is_supported(&self, disk: &Disk) -> bool {
-        !self.thin || disk.thin
+        match self.needs {
+            Needs::Nothing => true,
+            Needs::Thin => disk.thin,
+            Needs::Digests => disk.digests,
+        }
     }
 
     /// Refuses bits that are reserved, and the command as a whole where it is not supported.
@@ -222,8 +243,9 @@ fn one(found: Option<&Code>, rctd: bool, out: &mut Vec<u8>) {
         return;
     };
     let [high, low] = code.length().to_be_bytes();
-    // SUPPORT 3: supported as the standard has it.
-    out.extend_from_slice(&[0, if rctd { 0x83 } else { 0x03 }, high, low]);
+    // SUPPORT 3: supported as the standard has it; 5: in a way of the vendor's.
+    let support = if code.opcode >= FIRST_VENDOR { 5 } else { 3 };
+    out.extend_from_slice(&[0, support | if rctd { 0x80 } else { 0 }, high, low]);
     out.extend_from_slice(code.usage);
     Code::timeouts(rctd, out);
 }

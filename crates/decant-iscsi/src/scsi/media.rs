@@ -2,7 +2,9 @@
 
 use super::codes::*;
 use super::inquiry::{MAX_SAME_BLOCKS, MAX_UNMAP_BLOCKS, MAX_UNMAP_DESCRIPTORS};
-use super::{Compare, Context, Disk, Information, Parameter, Plan, Sense, SenseKey, append, asc};
+use super::{
+    Compare, Context, DIGEST_BLOCK, Disk, Information, MAX_DIGESTS, Parameter, Plan, Sense, SenseKey, append, asc,
+};
 use crate::wire::{Fields, SetFields};
 
 /// The LBA and the number of blocks of a command, by the length of its CDB.
@@ -97,6 +99,7 @@ pub(super) fn plan(context: &Context<'_>, cdb: &[u8; 16], reply: &mut Vec<u8>) -
             Ok(Plan::Flush { immediate: flags & 0x02 != 0 })
         }
         WRITE_SAME_10 | WRITE_SAME_16 => write_same(context, cdb),
+        READ_BLOCK_DIGESTS => read_block_digests(disk, cdb),
         UNMAP => {
             check_writable(context)?;
             let length = u32::from(cdb.u16_at(7));
@@ -203,6 +206,19 @@ pub fn lba_status(disk: &Disk, offset: u64, extents: &[(u64, bool)], allocation:
     let length = u32::try_from(data.len().saturating_sub(4)).unwrap_or_default();
     data.set_u32(0, length);
     append(reply, &data, allocation);
+}
+
+/// READ BLOCK DIGESTS: LBA in bytes 2 to 9 and logical blocks in bytes 10 to 13, whole digest blocks but at the end.
+fn read_block_digests(disk: &Disk, cdb: &[u8; 16]) -> Result<Plan, Sense> {
+    let (offset, length) = extent(disk, cdb.u64_at(2), cdb.u32_at(10).into())?;
+    let granule = u64::from(DIGEST_BLOCK);
+    if !offset.is_multiple_of(granule) {
+        return Err(Sense::invalid_field(2));
+    }
+    let whole = length.is_multiple_of(granule) || offset.saturating_add(length) == disk.bytes();
+    let length = u32::try_from(length).ok().filter(|length| whole && length.div_ceil(DIGEST_BLOCK) <= MAX_DIGESTS);
+    let length = length.ok_or(Sense::invalid_field(10))?;
+    Ok(if length == 0 { Plan::Done } else { Plan::Digests { offset, length } })
 }
 
 /// Ranges of an UNMAP in bytes: offset and length.

@@ -13,6 +13,7 @@ mod sense;
 #[allow(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 mod tests;
 
+pub(crate) use codes::READ_BLOCK_DIGESTS;
 pub use media::{Ranges, lba_status, unmap_ranges};
 pub use mode::{ModeState, select as mode_select};
 pub use sense::{Information, Sense, SenseKey, asc};
@@ -31,6 +32,8 @@ pub mod status {
     pub const RESERVATION_CONFLICT: u8 = 0x18;
     /// TASK SET FULL.
     pub const TASK_SET_FULL: u8 = 0x28;
+    /// TASK ABORTED.
+    pub const TASK_ABORTED: u8 = 0x40;
 }
 
 /// What a disk is.
@@ -57,7 +60,14 @@ pub struct Disk {
     pub thin: bool,
     /// Most bytes of one READ or WRITE; a multiple of `block_bytes`.
     pub max_transfer: u32,
+    /// Whether READ BLOCK DIGESTS is there: [`crate::target::Request::Digests`] is answered.
+    pub digests: bool,
 }
+
+/// Bytes that one digest of READ BLOCK DIGESTS is about; fewer at the end of a disk that is no multiple of it.
+pub const DIGEST_BLOCK: u32 = 4096;
+/// Most digests of one READ BLOCK DIGESTS: those of 32 MiB, an answer of 32 KiB.
+pub const MAX_DIGESTS: u32 = 8192;
 
 impl Disk {
     /// Bytes of the disk.
@@ -157,6 +167,13 @@ pub enum Plan {
         descriptors: u32,
         /// Bytes of answer it takes.
         allocation: u32,
+    },
+    /// Send the CRC-32C of each [`DIGEST_BLOCK`] of this range, as it is served.
+    Digests {
+        /// From here, a multiple of [`DIGEST_BLOCK`].
+        offset: u64,
+        /// So much: as many blocks as there are digests, of which the disk's last may be short.
+        length: u32,
     },
     /// REQUEST SENSE: answer a pending unit attention, if there is one.
     RequestSense {

@@ -90,6 +90,12 @@ pub mod asc {
     pub const TARGET_FAILURE: u16 = 0x4400;
     /// PROTOCOL SERVICE CRC ERROR.
     pub const CRC_ERROR: u16 = 0x4705;
+    /// INQUIRY DATA HAS CHANGED.
+    pub const INQUIRY_CHANGED: u16 = 0x3f03;
+    /// DEVICE IDENTIFIER CHANGED.
+    pub const IDENTIFIER_CHANGED: u16 = 0x3f05;
+    /// REPORTED LUNS DATA HAS CHANGED.
+    pub const LUNS_CHANGED: u16 = 0x3f0e;
     /// OVERLAPPED COMMANDS ATTEMPTED.
     pub const OVERLAPPED: u16 = 0x4e00;
 }

@@ -15,6 +15,7 @@ fn disk() -> Disk {
         read_only: false,
         thin: true,
         max_transfer: 1 << 20,
+        digests: false,
     }
 }
 
@@ -30,13 +31,14 @@ fn ask(disk: &Disk, cdb: &[u8]) -> (Result<Plan, Sense>, Vec<u8>) {
 
 #[test]
 fn the_commands_that_are_reported_are_those_that_are_there() {
-    for thin in [true, false] {
-        let disk = Disk { thin, ..disk() };
+    for (thin, digests) in [(true, false), (false, true)] {
+        let disk = Disk { thin, digests, ..disk() };
         let (_, all) = ask(&disk, &[0xa3, 0x0c, 0, 0, 0, 0, 0, 0, 0xff, 0xff]);
         let listed = all[4..].chunks(8).map(|entry| (entry[0], entry[5] & 1 != 0, entry[3]));
         let listed: Vec<(u8, bool, u8)> = listed.collect();
         assert_eq!(listed.len() * 8, all.len() - 4);
         assert_eq!(listed.iter().any(|entry| entry.0 == 0x42), thin);
+        assert_eq!(listed.iter().any(|entry| entry.0 == 0xd5), digests);
         for opcode in 0..=255u8 {
             let there = listed.iter().any(|entry| entry.0 == opcode);
             let refused = ask(&disk, &[opcode]).0 == Err(Sense::illegal(asc::INVALID_OPERATION_CODE));
@@ -46,12 +48,13 @@ fn the_commands_that_are_reported_are_those_that_are_there() {
             let option = if has_actions { 2 } else { 1 };
             let (plan, one) = ask(&disk, &[0xa3, 0x0c, option | 0x80, opcode, 0, action, 0, 0, 0xff, 0xff]);
             assert_eq!(plan, Ok(Plan::Done));
-            assert_eq!(one[1], 0x83);
+            let support = if opcode == 0xd5 { 5 } else { 3 };
+            assert_eq!(one[1], 0x80 | support);
             let length = usize::from(one[3]);
             assert_eq!((one[4], one.len()), (opcode, 4 + length + 12), "usage and timeouts");
             // The other option is an error, and the third takes both.
             assert!(ask(&disk, &[0xa3, 0x0c, 3 - option, opcode, 0, action, 0, 0, 0xff, 0xff]).0.is_err());
-            assert_eq!(ask(&disk, &[0xa3, 0x0c, 3, opcode, 0, action, 0, 0, 0xff, 0xff]).1[1], 3);
+            assert_eq!(ask(&disk, &[0xa3, 0x0c, 3, opcode, 0, action, 0, 0, 0xff, 0xff]).1[1], support);
             // Bits that usage does not have are refused.
             for at in 1..length {
                 let reserved = !one[4 + at] & if at == 1 && has_actions { 0xe0 } else { 0xff };
@@ -152,6 +155,27 @@ fn lba_status_never_calls_data_deallocated() {
     assert_eq!(status(&[]), [(1, 1, 0)]);
 }
 
+#[test]
+fn digests_are_of_whole_blocks_within_the_disk() {
+    let disk = Disk { digests: true, block_bytes: 512, blocks: 8 * 10_000 + 3, ..disk() };
+    let digests = |lba: u64, blocks: u32| {
+        let mut cdb = [0; 16];
+        cdb[0] = 0xd5;
+        cdb[2..10].copy_from_slice(&lba.to_be_bytes());
+        cdb[10..14].copy_from_slice(&blocks.to_be_bytes());
+        ask(&disk, &cdb).0
+    };
+    assert_eq!(digests(8, 16), Ok(Plan::Digests { offset: 4096, length: 8192 }));
+    assert_eq!(digests(80_000, 3), Ok(Plan::Digests { offset: 80_000 * 512, length: 1536 }));
+    assert_eq!(digests(0, 8 * MAX_DIGESTS), Ok(Plan::Digests { offset: 0, length: 32 << 20 }));
+    assert_eq!(digests(8, 0), Ok(Plan::Done));
+    assert_eq!(digests(4, 8), Err(Sense::invalid_field(2)));
+    assert_eq!(digests(8, 4), Err(Sense::invalid_field(10)));
+    assert_eq!(digests(0, 8 * MAX_DIGESTS + 8), Err(Sense::invalid_field(10)));
+    assert_eq!(digests(80_000, 4), Err(Sense::out_of_range(80_003)));
+    assert_eq!(digests(u64::MAX - 7, 8), Err(Sense::out_of_range(u64::MAX - 7)));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(4000) })]
 
@@ -160,9 +184,9 @@ proptest! {
     fn any_cdb_stays_within_the_disk(
         mut cdb in any::<[u8; 16]>(), known in any::<bool>(), small in any::<bool>(), read_only in any::<bool>()
     ) {
-        let disk = Disk { read_only, blocks: 1 << 20, ..disk() };
+        let disk = Disk { read_only, blocks: 1 << 20, digests: true, ..disk() };
         if known {
-            cdb[0] = [0x08, 0x0a, 0x28, 0x2a, 0x88, 0x8a, 0x41, 0x93, 0x2f, 0x9e, 0x35, 0x2e, 0x12, 0x1a][usize::from(cdb[15] % 14)];
+            cdb[0] = [0x08, 0x0a, 0x28, 0x2a, 0x88, 0x8a, 0x41, 0x93, 0x2f, 0x9e, 0x35, 0x2e, 0x12, 0x1a, 0xd5][usize::from(cdb[15] % 15)];
             cdb[1] &= 0x1a;
             cdb[15] = 0;
             cdb[14] = 0;
@@ -180,6 +204,7 @@ proptest! {
             Ok(Plan::Write { offset, length, .. }) => {
                 prop_assert!(within(offset, length.into()) && length <= disk.max_transfer && !read_only);
             }
+            Ok(Plan::Digests { offset, length }) => prop_assert!(within(offset, length.into())),
             Ok(Plan::Same { offset, length, .. }) => prop_assert!(within(offset, length) && !read_only),
             Ok(Plan::LbaStatus { offset, .. }) => prop_assert!(within(offset, 4096)),
             _ => {}

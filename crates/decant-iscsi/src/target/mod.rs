@@ -160,6 +160,13 @@ pub enum Request {
     },
     /// Everything acknowledged must be on the medium.
     Flush,
+    /// Answer with [`Outcome::Digests`], one for each [`crate::scsi::DIGEST_BLOCK`] of the range.
+    Digests {
+        /// From here, a multiple of that.
+        offset: u64,
+        /// So much; only at the disk's end no multiple of it.
+        length: u32,
+    },
     /// Answer with [`Outcome::Extents`] from here on, at most so many.
     Status {
         /// From here, to the disk's end.
@@ -172,7 +179,7 @@ pub enum Request {
 /// What became of a [`Request`].
 #[derive(Debug)]
 pub enum Outcome<'a, B> {
-    /// Done; not for [`Request::Read`] or [`Request::Status`].
+    /// Done; not for [`Request::Read`], [`Request::Status`] or [`Request::Digests`].
     Done,
     /// What was read.
     Data(B),
@@ -180,6 +187,8 @@ pub enum Outcome<'a, B> {
     Mismatch(u64),
     /// Length in bytes of each extent, and whether it is mapped.
     Extents(&'a [(u64, bool)]),
+    /// CRC-32C of each block, as it was or would be served.
+    Digests(&'a [u32]),
     /// It failed.
     Failed(Failure),
 }

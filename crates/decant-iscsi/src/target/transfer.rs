@@ -183,6 +183,7 @@ impl Connection {
             Plan::Flush { immediate: true } => None,
             Plan::Flush { immediate: false } => Some(Request::Flush),
             Plan::LbaStatus { offset, descriptors, .. } => Some(Request::Status { offset, extents: descriptors }),
+            Plan::Digests { offset, length } => Some(Request::Digests { offset, length }),
             Plan::Parameter { kind, .. } => match self.parameter(slot, kind, target) {
                 Ok(first) => first,
                 Err(sense) => return self.end_with_sense(slot, &sense, target, out),
@@ -296,9 +297,16 @@ impl Connection {
                 }
                 self.end_with_reply(slot, &reply, target, out);
             }
+            Outcome::Digests(digests) => {
+                let reply: Vec<u8> = digests.iter().flat_map(|digest| digest.to_be_bytes()).collect();
+                self.end_with_reply(slot, &reply, target, out);
+            }
             Outcome::Failed(failure) => {
-                let writes = !matches!(task.plan, Ok(Plan::Read { .. } | Plan::Verify { .. } | Plan::LbaStatus { .. }));
-                let sense = sense_of(failure, writes, target.disk().block_bytes);
+                let reads = matches!(
+                    task.plan,
+                    Ok(Plan::Read { .. } | Plan::Verify { .. } | Plan::LbaStatus { .. } | Plan::Digests { .. })
+                );
+                let sense = sense_of(failure, !reads, target.disk().block_bytes);
                 self.end_with_sense(slot, &sense, target, out);
             }
         }

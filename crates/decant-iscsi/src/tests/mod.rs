@@ -2,4 +2,5 @@
 
 mod golden;
 mod negotiation;
+mod pair;
 mod stream;

@@ -52,6 +52,11 @@ impl Failure {
         Self::from(ErrorBody::new(Code::InvalidRequest, name, cause.to_string(), fix))
     }
 
+    /// Something stands in the way.
+    pub(crate) fn blocked(name: &str, cause: impl std::fmt::Display, fix: impl Into<String>) -> Self {
+        Self::from(ErrorBody::new(Code::Blocked, name, cause.to_string(), fix))
+    }
+
     /// As it is shown.
     pub(crate) fn text(&self, output: Output) -> String {
         match output {

@@ -6,11 +6,14 @@ mod clone;
 mod daemon;
 pub(crate) mod doctor;
 mod drain;
+mod export;
 mod failure;
 mod machine;
 mod migration;
 pub(crate) mod output;
 mod progress;
+mod ready;
+mod secrets;
 mod volume;
 mod watch;
 mod why;
@@ -90,6 +93,8 @@ pub(crate) enum Verb {
     /// Certificates: init, issue.
     #[command(subcommand)]
     Ca(ca::Command),
+    /// Serve a file, block device or LVM volume over iSCSI or NBD, without a worker.
+    Export(Box<export::ExportArgs>),
     /// Clone any NBD export into a file, without a worker; or ask a clone how far it is.
     Clone(Box<clone::CloneArgs>),
     /// Whether this machine can be a worker.
@@ -117,6 +122,7 @@ pub(crate) fn main() -> ExitCode {
         Verb::Migration(command) => migration::run(&command, &global),
         Verb::Why(args) => why::run(&args, &global),
         Verb::Ca(command) => ca::run(&command, &global),
+        Verb::Export(args) => export::run(&args, &global),
         Verb::Clone(args) => clone::run(*args, &global),
         Verb::Doctor(args) => doctor::run(&args, &global),
         Verb::Demo(args) => return crate::demo::main(&args).into(),

@@ -251,7 +251,7 @@ fn a_sealed_volume_is_served_as_it_lies_and_takes_no_write() {
     assert_eq!(engine.write(0, &mut [0; 4096]), Err(Errno::IO));
     assert_eq!(engine.discard(0, BLOCK), Err(Errno::IO));
     let mut bytes = vec![0; 4 << 12];
-    export.read(7 * BLOCK, &mut bytes).unwrap();
+    export.read(7 * BLOCK, &mut bytes, &mut || unreachable!()).unwrap();
     let mut plain = bytes.clone();
     cipher(4096).decrypt(7 * BLOCK, &mut plain);
     assert_eq!(plain[4096..8192], plaintext(8 * BLOCK, 4096, 5));
@@ -275,7 +275,7 @@ fn a_clone_that_is_not_whole_is_neither_sealed_nor_exported() {
     let volume = small(4096);
     let engine = volume.begun();
     assert_eq!(engine.seal(), Err(Errno::BUSY));
-    assert_eq!(engine.as_exported().read(0, &mut [0; 4096]), Err(Errno::IO));
+    assert_eq!(engine.as_exported().read(0, &mut [0; 4096], &mut || unreachable!()), Err(Errno::IO));
     assert_eq!(engine.drop_map(), Err(Errno::BUSY));
 }
 

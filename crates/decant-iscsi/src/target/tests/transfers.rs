@@ -240,3 +240,19 @@ fn digests_are_checked_and_sent() {
         assert!(other.requests.is_empty());
     }
 }
+
+#[test]
+fn digests_of_blocks_are_sent_as_they_are_served() {
+    let mut world = World::new(config());
+    world.medium = pattern(world.medium.len());
+    let mut end = world.session(1);
+    let cdb = [0xd5, 0, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 16, 0, 0];
+    assert_eq!(status(&end.command(&mut world, &cdb, 8, &[])), (2, 5, 0x2000), "not offered");
+    let mut world = World::of(config(), crate::scsi::Disk { digests: true, ..disk() });
+    world.medium = pattern(world.medium.len());
+    let mut end = world.session(1);
+    let answers = end.command(&mut world, &cdb, 8, &[]);
+    let expected: Vec<u8> =
+        world.medium[4096..12_288].chunks(4096).flat_map(|block| crc32c::crc32c(block).to_be_bytes()).collect();
+    assert_eq!((status(&answers), data_of(&answers)), ((0, 0, 0), expected));
+}

@@ -26,6 +26,7 @@ pub(super) fn disk() -> Disk {
         read_only: false,
         thin: true,
         max_transfer: 256 * 1024,
+        digests: false,
     }
 }
 
@@ -63,7 +64,11 @@ pub(super) struct World {
 
 impl World {
     pub(super) fn new(config: Config) -> Self {
-        Self { target: Target::new(config, disk()), medium: vec![0; (BLOCKS * 512) as usize] }
+        Self::of(config, disk())
+    }
+
+    pub(super) fn of(config: Config, disk: Disk) -> Self {
+        Self { target: Target::new(config, disk), medium: vec![0; (BLOCKS * 512) as usize] }
     }
 
     pub(super) fn connect(&mut self, random: u8) -> End {
@@ -243,7 +248,7 @@ impl End {
     pub(super) fn perform(&mut self, world: &mut World, index: usize) {
         let (task, request) = self.requests.remove(index);
         let medium = &mut world.medium;
-        let mut extents = Vec::new();
+        let (mut extents, mut digests) = (Vec::new(), Vec::new());
         let outcome = match request {
             Request::Read { offset, length, .. } => {
                 Outcome::Data(medium[offset as usize..][..length as usize].to_vec())
@@ -272,6 +277,11 @@ impl End {
                 Outcome::Done
             }
             Request::Flush => Outcome::Done,
+            Request::Digests { offset, length } => {
+                let range = &medium[offset as usize..][..length as usize];
+                digests.extend(range.chunks(4096).map(crc32c::crc32c));
+                Outcome::Digests(&digests)
+            }
             Request::Status { offset, .. } => {
                 extents.push((medium.len() as u64 - offset, true));
                 Outcome::Extents(&extents)
