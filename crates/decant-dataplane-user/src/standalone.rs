@@ -16,7 +16,7 @@ use crate::device::{Exported, Later, OriginSink, Status};
 use crate::engine::{self, Cipher, Engine, Files, Mode, OpenError, open_image};
 use crate::export::{Address, ListenError, Server};
 use crate::fuse::Served;
-use crate::origin::{NbdOrigin, NotConnected, Options, Timing};
+use crate::origin::{NotConnected, Options, Remote, Timing};
 
 /// How long the first session with the origin may take.
 const FIRST_SESSION: Duration = Duration::from_secs(10);
@@ -107,7 +107,7 @@ impl Standalone {
         })?;
         engine.pause(!options.hydrate);
         let sink: Arc<dyn OriginSink> = engine.clone();
-        let origin = NbdOrigin::open(origin_options(options, Some(size)), sink)
+        let origin = Remote::open(origin_options(options, Some(size)), sink)
             .map_err(|source| io("connect for", &options.destination, source))?;
         engine.set_origin(origin, &options.origin.to_string());
         if !found {
@@ -166,7 +166,7 @@ fn probe(options: &StandaloneOptions) -> Result<u64, StandaloneError> {
         fn handle_done(&self, _token: u64, _result: Result<(), Errno>) {}
         fn handle_link(&self, _up: bool, _detail: &str) {}
     }
-    let origin = NbdOrigin::open(origin_options(options, None), Arc::new(Nobody))
+    let origin = Remote::open(origin_options(options, None), Arc::new(Nobody))
         .map_err(|source| io("connect for", &options.destination, source))?;
     Ok(origin.wait_connected(FIRST_SESSION)?.size)
 }
