@@ -21,6 +21,7 @@ const PEERS: &[(&str, &str)] = &[
     ("qemu-nbd", "qemu-utils"),
     ("sqlite3", "sqlite3"),
     ("iscsi-test-cu", "libiscsi-bin"),
+    ("tgtd", "tgt"),
 ];
 
 /// A peer that must have the version of another package: where that came from elsewhere it cannot be had, and the tests that want it

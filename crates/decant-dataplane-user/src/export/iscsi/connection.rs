@@ -351,10 +351,8 @@ impl Link<'_> {
 
     /// A request has ended.
     fn complete(&mut self, task: TaskId, ended: Ended) {
-        let mut extents = Vec::new();
         let shared = self.shared;
-        let outcome = ended.outcome(&mut extents);
-        self.machine.complete(&mut shared.target(), task, outcome, &mut self.out);
+        ended.with(|outcome| self.machine.complete(&mut shared.target(), task, outcome, &mut self.out));
         self.poll();
     }
 

@@ -100,6 +100,7 @@ impl IscsiServer {
             read_only: device.read_only(),
             thin: true,
             max_transfer: MAX_TRANSFER,
+            digests: device.digests(0, 0, &mut Vec::new()).is_some(),
         };
         let offer = Offer { header_digest: digests, data_digest: digests, ..Offer::default() };
         // No addresses: SendTargets gives the one that the initiator came to, which also works through a NAT.

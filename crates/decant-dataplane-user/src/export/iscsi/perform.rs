@@ -20,20 +20,20 @@ pub(super) enum Ended {
     Data(Buffer),
     Mismatch(u64),
     Extents(Vec<(u64, bool)>),
+    Digests(Vec<u32>),
     Failed(Failure),
 }
 
 impl Ended {
-    pub(super) fn outcome<'a>(self, extents: &'a mut Vec<(u64, bool)>) -> Outcome<'a, Buffer> {
+    /// As the protocol takes it.
+    pub(super) fn with<T>(self, take: impl FnOnce(Outcome<'_, Buffer>) -> T) -> T {
         match self {
-            Self::Done => Outcome::Done,
-            Self::Data(data) => Outcome::Data(data),
-            Self::Mismatch(at) => Outcome::Mismatch(at),
-            Self::Extents(found) => {
-                *extents = found;
-                Outcome::Extents(extents)
-            }
-            Self::Failed(failure) => Outcome::Failed(failure),
+            Self::Done => take(Outcome::Done),
+            Self::Data(data) => take(Outcome::Data(data)),
+            Self::Mismatch(at) => take(Outcome::Mismatch(at)),
+            Self::Extents(extents) => take(Outcome::Extents(&extents)),
+            Self::Digests(digests) => take(Outcome::Digests(&digests)),
+            Self::Failed(failure) => take(Outcome::Failed(failure)),
         }
     }
 }
@@ -69,6 +69,12 @@ fn try_perform(device: &dyn Exported, request: Request, data: &mut [u8]) -> Resu
             Ok(Ended::Done)
         }
         Request::Flush => device.flush().map(|()| Ended::Done).map_err(plain),
+        Request::Digests { offset, length } => {
+            let mut digests = Vec::new();
+            let asked = device.digests(offset, length.into(), &mut digests);
+            asked.unwrap_or(Err(Errno::OPNOTSUPP)).map_err(|errno| (errno, Some(offset)))?;
+            Ok(Ended::Digests(digests))
+        }
         Request::Status { offset, extents } => status(device, offset, extents as usize),
     }
 }

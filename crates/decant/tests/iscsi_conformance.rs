@@ -1,14 +1,21 @@
-//! libiscsi's conformance tests against the target: no failure, and no skip but of what is not offered.
+//! libiscsi's conformance tests against `decant export --iscsi`: no failure, and no skip but of what is not offered. The same
+//! suites against tgt are run beside it, and what came of them is printed.
 
-mod support;
-mod target_server;
+mod tool;
 
 use std::collections::BTreeMap;
+use std::process::{Child, Command, Stdio};
 
-use support::{Fixture, Shape, run, serve, text};
+use tool::{Tool, directory, disk, run, run_for, text, wait_until};
+
+/// Fewer than 65,536 blocks of 512 bytes: iscsi-test-cu moves that many in one command otherwise.
+const SIZE: u64 = 60_000 * 512;
 
 /// A suite that does not end by then hangs; the slowest takes 10 s by itself, since it waits for answers that must not come.
 const SUITE_SECONDS: u32 = 60;
+
+/// As long for tgt, of which one suite does not end.
+const TGT_SECONDS: u32 = 15;
 
 /// Skips that are allowed: suite, test (`*`: any), words of the reason, and why it is right.
 const SKIPS: &[(&str, &str, &str, &str)] = &[
@@ -109,10 +116,13 @@ fn suites() -> Vec<String> {
     suites.filter(|suite| !suite.contains('.')).map(str::to_owned).collect()
 }
 
-fn run_suite(suite: &str, fixture: &Fixture, tally: &mut Tally) {
+fn run_suite(suite: &str, url: &str, tally: &mut Tally) {
     let test = format!("--test=ALL.{suite}");
-    let output = run(SUITE_SECONDS, "iscsi-test-cu", &["--dataloss", "--allow-sanitize", &test, &fixture.url("")]);
-    count(suite, &text(&output), tally);
+    let arguments = ["--dataloss", "--allow-sanitize", &test, url];
+    match run_for(SUITE_SECONDS, "iscsi-test-cu", &arguments) {
+        Some(output) => count(suite, &text(&output), tally),
+        None => tally.wrong.push(format!("{suite} did not end within {SUITE_SECONDS} s")),
+    }
 }
 
 fn judge(tally: &Tally, least: usize) {
@@ -122,12 +132,21 @@ fn judge(tally: &Tally, least: usize) {
     assert!(tally.run >= least, "only {} tests have run, {least} must", tally.run);
 }
 
+fn export(directory: &std::path::Path, name: &str, size: u64, more: &[&str]) -> (Tool, String) {
+    let disk = disk(directory, name, size);
+    let source = disk.to_str().expect("text");
+    let tool = Tool::start(&[&["export", source, "--iscsi", "127.0.0.1:0"], more].concat());
+    let uri = tool.fact("uri");
+    (tool, uri)
+}
+
 #[test]
 fn a_writable_target_passes_every_suite() {
-    let fine = serve(&Shape::default());
-    // GetLBAStatus asks at LBAs inside of a physical block and expects answers about its end: only with blocks as large as
-    // the medium's does it agree with itself.
-    let flat = serve(&Shape { physical_exponent: 0, ..Shape::default() });
+    let directory = directory();
+    let (_fine, fine) = export(directory.path(), "fine", SIZE, &[]);
+    // GetLBAStatus asks at LBAs inside of a physical block and expects answers about its end: only where blocks are as large
+    // as the medium's, here because the size is no multiple of those, does it agree with itself.
+    let (_flat, flat) = export(directory.path(), "flat", SIZE - 512, &[]);
     let mut tally = Tally::default();
     for suite in suites() {
         run_suite(&suite, if suite == "GetLBAStatus" { &flat } else { &fine }, &mut tally);
@@ -137,14 +156,10 @@ fn a_writable_target_passes_every_suite() {
 
 #[test]
 fn a_target_with_large_blocks_and_digests_passes_what_moves_data() {
-    let large = serve(&Shape {
-        block_bytes: 4096,
-        physical_exponent: 0,
-        blocks: 16_384,
-        digests: decant_iscsi::login::DigestPolicy::Preferred,
-        workers: 0,
-        ..Shape::default()
-    });
+    let directory = directory();
+    let (_large, large) =
+        export(directory.path(), "large", 16_384 * 4096, &["--block-size", "4096", "--digests", "required"]);
+    let large = format!("{large}?header_digest=crc32c");
     let mut tally = Tally::default();
     for suite in
         ["Read10", "Read16", "Write10", "Write16", "Unmap", "Verify16", "WriteVerify16", "iSCSITMF", "GetLBAStatus"]
@@ -156,10 +171,76 @@ fn a_target_with_large_blocks_and_digests_passes_what_moves_data() {
 
 #[test]
 fn a_read_only_target_passes_what_reads() {
-    let fixture = serve(&Shape { read_only: true, ..Shape::default() });
+    let directory = directory();
+    let (_tool, url) = export(directory.path(), "read-only", SIZE, &["--read-only"]);
     let mut tally = Tally::default();
     for suite in READ_ONLY_SUITES {
-        run_suite(suite, &fixture, &mut tally);
+        run_suite(suite, &url, &mut tally);
     }
     judge(&tally, LEAST_RUN_READ_ONLY);
+}
+
+/// tgt serving a file, ended by its id.
+struct Tgt(Child);
+
+impl Drop for Tgt {
+    fn drop(&mut self) {
+        // It takes no notice of SIGTERM while it has sessions.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn tgt(directory: &std::path::Path) -> (Tgt, String) {
+    let (name, disk) = ("iqn.2026-11.dev.decant:peer", disk(directory, "tgt", SIZE));
+    std::fs::create_dir_all("/var/run/tgtd").expect("where tgtd has its control socket");
+    // A free port, and a control port of our own: another tgtd may run here.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let port = listener.local_addr().expect("bound").port();
+    drop(listener);
+    let control = (port % 30_000 + 100).to_string();
+    let tgtd = Command::new("tgtd")
+        .args(["-f", "-C", &control, "--iscsi", &format!("portal=127.0.0.1:{port}")])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("tgtd is not here: install Debian's tgt");
+    let tgt = Tgt(tgtd);
+    let ask = |arguments: &[&str]| {
+        run(10, "tgtadm", &[&["-C", &control, "--lld", "iscsi", "--mode"], arguments].concat()).status.success()
+    };
+    wait_until("tgtd answers", || ask(&["target", "--op", "show"]));
+    assert!(ask(&["target", "--op", "new", "--tid", "1", "-T", name]));
+    let disk = disk.to_str().expect("text");
+    let thin = ["logicalunit", "--op", "update", "--tid", "1", "--lun", "1", "--params", "thin_provisioning=1"];
+    assert!(ask(&["logicalunit", "--op", "new", "--tid", "1", "--lun", "1", "-b", disk]) && ask(&thin));
+    assert!(ask(&["target", "--op", "bind", "--tid", "1", "-I", "ALL"]));
+    (tgt, format!("iscsi://127.0.0.1:{port}/{name}/1"))
+}
+
+/// No verdict on tgt: its figures are beside ours, from the same tests on the same machine.
+#[test]
+fn what_tgt_makes_of_the_same_suites() {
+    let directory = directory();
+    let (_tgt, url) = tgt(directory.path());
+    let (mut passed, mut failed, mut skipped, mut hung) = (0, 0, 0, Vec::new());
+    for suite in suites() {
+        let test = format!("--test=ALL.{suite}");
+        let Some(output) = run_for(TGT_SECONDS, "iscsi-test-cu", &["--dataloss", "--allow-sanitize", &test, &url])
+        else {
+            hung.push(suite);
+            continue;
+        };
+        for part in text(&output).split("  Test: ").skip(1) {
+            match (part.contains("[SKIPPED]"), part.contains("FAILED\n")) {
+                (_, true) => failed += 1,
+                (true, false) => skipped += 1,
+                (false, false) => passed += 1,
+            }
+        }
+    }
+    println!(
+        "SHOW tgt with the same suites: {passed} passed, {failed} failed, {skipped} skipped; not ended within {TGT_SECONDS} s: {hung:?}"
+    );
+    assert!(passed > 0, "tgt was not asked");
 }
