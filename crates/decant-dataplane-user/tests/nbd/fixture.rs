@@ -12,7 +12,7 @@ use decant_dataplane_user::device::{
     Exported, Fetch, Later, Origin as _, OriginSink, ReadSink, Served as Have, Status, Want,
 };
 use decant_dataplane_user::export::{Address, Server};
-use decant_dataplane_user::origin::{Options, Remote, Timing};
+use decant_dataplane_user::origin::{Options, Remote, Spec, Timing};
 use decant_dataplane_user::tls::{Fingerprint, Identity, Paths};
 use rustix::io::Errno;
 
@@ -289,7 +289,7 @@ pub(crate) fn options(address: &Address, export: &str) -> Options {
     }
 }
 
-pub(crate) fn open(options: Options) -> (Arc<Remote>, Arc<Recorder>) {
+pub(crate) fn open(options: impl Into<Spec>) -> (Arc<Remote>, Arc<Recorder>) {
     let recorder = Arc::new(Recorder::default());
     (Remote::open(options, recorder.clone()).unwrap(), recorder)
 }
