@@ -28,7 +28,7 @@ use crate::device::{Exported, Origin, OriginSink};
 use crate::engine::{self, Cipher, Engine, Files, Mode, OpenError, VerifyError};
 use crate::export::claim::{Claim, ClaimError, claim};
 use crate::export::{Address, ListenError, Server};
-use crate::origin::{NbdOrigin, NotConnected, Options, Timing};
+use crate::origin::{NotConnected, Options, Remote, Timing};
 use crate::tls::ClientTls;
 use front::{FileFront, Front};
 use local::LocalOrigin;
@@ -426,7 +426,7 @@ fn connect(
     match (source, local) {
         (Source::File(path), Some(claim)) => Ok(LocalOrigin::open(claim, path, sink)?),
         _ => match nbd_options(source, Some(size)) {
-            Some(options) => Ok(NbdOrigin::open(options, sink)?),
+            Some(options) => Ok(Remote::open(options, sink)?),
             None => Err(std::io::ErrorKind::NotFound.into()),
         },
     }
@@ -444,7 +444,7 @@ fn probe(source: &Source) -> Result<u64, StandaloneError> {
     }
     let no_address = || StandaloneError::Size("it is on no network".into());
     let options = nbd_options(source, None).ok_or_else(no_address)?;
-    let origin = NbdOrigin::open(options, Arc::new(Nobody))
+    let origin = Remote::open(options, Arc::new(Nobody))
         .map_err(|error| io("connect for", Path::new(&source.to_string()), error))?;
     Ok(origin.wait_connected(FIRST_SESSION)?.size)
 }
