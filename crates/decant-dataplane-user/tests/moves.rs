@@ -24,12 +24,8 @@ struct Opened {
 
 /// As the source's agent describes it.
 fn reader(destination: &Worker) -> Reader {
-    reader_over(destination, Protocol::Nbd)
-}
-
-fn reader_over(destination: &Worker, protocol: Protocol) -> Reader {
     let certificate = destination.plane.certificate().to_owned();
-    Reader { certificate, address: IpAddr::V4(Ipv4Addr::LOCALHOST), protocol }
+    Reader { certificate, address: IpAddr::V4(Ipv4Addr::LOCALHOST), protocol: destination.protocol }
 }
 
 fn open_export(source: &Worker, destination: &Worker, id: &str) -> Opened {
@@ -115,12 +111,21 @@ fn source_volume(world: &World, source: &Worker, size: Bytes) -> PathBuf {
 
 #[test]
 fn a_volume_moves_to_a_smaller_header_and_back() {
-    if cannot_run("a_volume_moves_to_a_smaller_header_and_back") {
+    there_and_back("a_volume_moves_to_a_smaller_header_and_back", Protocol::Nbd);
+}
+
+#[test]
+fn a_volume_moves_over_iscsi_and_back() {
+    there_and_back("a_volume_moves_over_iscsi_and_back", Protocol::Iscsi);
+}
+
+fn there_and_back(test: &str, protocol: Protocol) {
+    if cannot_run(test) {
         return;
     }
     let world = World::new();
-    let source = world.worker("large-header", Bytes::mib(16));
-    let destination = world.worker("small-header", Bytes::mib(4));
+    let source = Worker { protocol, ..world.worker("large-header", Bytes::mib(16)) };
+    let destination = Worker { protocol, ..world.worker("small-header", Bytes::mib(4)) };
     let at = source_volume(&world, &source, Bytes::mib(128));
 
     let opened = open_export(&source, &destination, "m-1");

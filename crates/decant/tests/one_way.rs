@@ -1,5 +1,5 @@
-//! A network that loses what one worker sends to the other, without a word, and delivers the other direction: the kind of failure in
-//! which each side knows something else. It lasts longer than any patience of the product.
+//! A network that loses what one worker sends to the other, without a word, and delivers the other direction or loses that too: the
+//! kind of failure in which each side knows something else, and no socket is closed. It lasts longer than any patience of the product.
 
 #[allow(dead_code, reason = "shared with the crash sweep")]
 mod fleet;
@@ -10,6 +10,8 @@ use fleet::Fleet;
 
 /// Longer than a silent origin is given (10 s) and than unacknowledged data is (20 s).
 const LOSS: Duration = Duration::from_secs(21);
+/// Longer than an iSCSI session that is silent is kept by either end.
+const LONG_LOSS: Duration = Duration::from_secs(30);
 /// An agent answers within a second about itself, and in little more about the fleet: it gives its peers 0.9 s of that.
 const ANSWER: [(&str, Duration); 2] =
     [("/v1/machines?scope=local", Duration::from_secs(1)), ("/v1/machines?scope=fleet", Duration::from_millis(1_500))];
@@ -20,19 +22,39 @@ fn losses_in_one_direction_are_recovered_from() {
         return;
     }
     let mut fleet = Fleet::start("one-way");
-    // The point at the destination at which the loss begins, and whether it is the destination's words that are lost.
-    for (point, from_destination) in [
-        ("recv:prepare", true),
-        ("journal:destination:granted:after", true),
-        ("journal:destination:granted:after", false),
+    for (point, lost) in [
+        ("recv:prepare", Lost::FromDestination),
+        ("journal:destination:granted:after", Lost::FromDestination),
+        ("journal:destination:granted:after", Lost::FromSource),
     ] {
-        lose(&mut fleet, point, from_destination);
+        lose(&mut fleet, point, lost, "nbd", LOSS);
     }
 }
 
-fn lose(fleet: &mut Fleet, point: &str, from_destination: bool) {
-    let whose = if from_destination { "destination" } else { "source" };
-    let when = format!("the {whose}'s words lost from {point} on");
+#[test]
+fn sessions_over_iscsi_outlive_a_network_that_is_gone_for_long() {
+    if !fleet::can_run("sessions_over_iscsi_outlive_a_network_that_is_gone_for_long") {
+        return;
+    }
+    let mut fleet = Fleet::start("both-ways");
+    for (point, lost) in
+        [("journal:destination:granted:after", Lost::Both), ("journal:destination:granted:after", Lost::FromSource)]
+    {
+        lose(&mut fleet, point, lost, "iscsi", LONG_LOSS);
+    }
+}
+
+/// Whose words are lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lost {
+    FromDestination,
+    FromSource,
+    Both,
+}
+
+/// `point` is where at the destination the loss begins.
+fn lose(fleet: &mut Fleet, point: &str, lost: Lost, protocol: &str, time: Duration) {
+    let when = format!("{lost:?} lost from {point} on, over {protocol}");
     let source = fleet.settle(&format!("before {when}"));
     let destination = 1 - source;
     fleet.workers[destination].end_agent();
@@ -40,17 +62,21 @@ fn lose(fleet: &mut Fleet, point: &str, from_destination: bool) {
     fleet.workers[destination].await_agent();
     let to = format!("worker-{}", destination + 1);
     fleet.workers[source]
-        .decant(&["machine", "move", fleet::MACHINE, "--to", &to, "--detach"])
+        .decant(&["machine", "move", fleet::MACHINE, "--to", &to, "--protocol", protocol, "--detach"])
         .expect("a move is accepted");
     assert!(fleet.workers[destination].await_standstill(), "{when}: the point was not hit");
 
-    let (deaf, mute) = if from_destination { (source, destination) } else { (destination, source) };
-    let ends = [mute, deaf].map(|at| at as u32 + 1);
-    fleet.lab.set_lost(ends[0], ends[1], true).expect("a loss");
+    let [here, there] = [source, destination].map(|at| at as u32 + 1);
+    let ways: &[(u32, u32)] = match lost {
+        Lost::FromDestination => &[(there, here)],
+        Lost::FromSource => &[(here, there)],
+        Lost::Both => &[(here, there), (there, here)],
+    };
+    ways.iter().for_each(|(from, to)| fleet.lab.set_lost(*from, *to, true).expect("a loss"));
     fleet.workers[destination].resume_agent();
     let begun = Instant::now();
     let mut slowest = [Duration::ZERO; 2];
-    while begun.elapsed() < LOSS {
+    while begun.elapsed() < time {
         for worker in &mut fleet.workers {
             for ((path, limit), slowest) in ANSWER.iter().zip(&mut slowest) {
                 let asked = Instant::now();
@@ -62,16 +88,38 @@ fn lose(fleet: &mut Fleet, point: &str, from_destination: bool) {
         // Two runners, a torn log or a failed write would be heard here.
         fleet.acks.wait(Duration::from_millis(100));
     }
-    fleet.lab.set_lost(ends[0], ends[1], false).expect("no loss any more");
+    ways.iter().for_each(|(from, to)| fleet.lab.set_lost(*from, *to, false).expect("no loss any more"));
     let over = Instant::now();
     let owner = fleet.settle(&format!("after {when}"));
     fleet.acks.await_progress(&format!("after {when}"));
+    let stuck = fleet.lab.directory().to_str().map(still_uninterruptible).unwrap_or_default();
+    assert!(stuck.is_empty(), "after {when}: in an uninterruptible sleep for long: {stuck:?}");
     println!(
         "SHOW {when}, for {} s: at its {}, settled {:.1} s later; slowest answers {:.0} ms, with the fleet {:.0} ms",
-        LOSS.as_secs(),
+        time.as_secs(),
         if owner == source { "source" } else { "destination" },
         over.elapsed().as_secs_f64(),
         slowest[0].as_secs_f64() * 1e3,
         slowest[1].as_secs_f64() * 1e3,
     );
+}
+
+/// Processes that name `of` in their arguments and were seen in state D at each of many looks.
+fn still_uninterruptible(of: &str) -> Vec<String> {
+    let looks = || -> Vec<String> {
+        let processes = std::fs::read_dir("/proc").expect("/proc").flatten().map(|entry| entry.path());
+        let is_asleep = |path: &std::path::Path| {
+            let read = |name: &str| std::fs::read_to_string(path.join(name)).unwrap_or_default();
+            let state = read("stat").rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('D'));
+            state && read("cmdline").contains(of)
+        };
+        processes.filter(|path| is_asleep(path)).map(|path| path.display().to_string()).collect()
+    };
+    let mut found = looks();
+    for _ in 0..50 {
+        std::thread::sleep(Duration::from_millis(20));
+        let now = looks();
+        found.retain(|path| now.contains(path));
+    }
+    found
 }

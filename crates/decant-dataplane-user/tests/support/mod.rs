@@ -8,7 +8,7 @@ use std::process::Command as Process;
 use std::time::{Duration, Instant};
 
 use decant_base::{Bytes, MigrationId, VolumeId, WorkerId};
-use decant_dataplane::{Command, Failure, Outcome, Plane, VolumeStatus};
+use decant_dataplane::{Command, Failure, Outcome, Plane, Protocol, VolumeStatus};
 use decant_dataplane_user::control::{self, KeeperReply, KeeperRequest, KeeperStatus};
 use decant_dataplane_user::keys::KeySource;
 use decant_dataplane_user::plane::UserPlane;
@@ -82,7 +82,12 @@ impl World {
     }
 
     pub(crate) fn worker(&self, name: &str, header: Bytes) -> Worker {
-        self.worker_with(name, header, env!("CARGO_BIN_EXE_decant-plane-test").into())
+        self.worker_with(name, header, env!("CARGO_BIN_EXE_decant-plane-test").into(), &["127.0.0.0/8"])
+    }
+
+    /// A worker with these networks in its `iscsi.trusted_networks`; others trust loopback.
+    pub(crate) fn worker_that_trusts(&self, name: &str, networks: &[&str]) -> Worker {
+        self.worker_with(name, Bytes::mib(4), env!("CARGO_BIN_EXE_decant-plane-test").into(), networks)
     }
 
     /// A worker whose volume process dies, once for each keeper, at the crash point `point`.
@@ -93,17 +98,17 @@ impl World {
         let script = format!("#!/bin/sh\n[ \"$1\" = keeper ] && export DECANT_CRASH={point}\nexec {exe} \"$@\"\n");
         std::fs::write(&program, script).unwrap();
         std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-        self.worker_with(name, Bytes::mib(4), program)
+        self.worker_with(name, Bytes::mib(4), program, &[])
     }
 
-    fn worker_with(&self, name: &str, header: Bytes, exe: PathBuf) -> Worker {
+    fn worker_with(&self, name: &str, header: Bytes, exe: PathBuf, trusted: &[&str]) -> Worker {
         let home = self.directory.path().join(name);
         let site = SiteConfig {
             worker: WorkerId::new(name).unwrap(),
             state_dir: home.join("state"),
             run_dir: home.join("run"),
             data_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
-            iscsi_trusted: vec!["127.0.0.0/8".parse().expect("a network")],
+            iscsi_trusted: trusted.iter().map(|network| network.parse().expect("a network")).collect(),
             tls: self.authority.sign(name),
             header,
             // One key store for all, as a fleet has.
@@ -112,7 +117,12 @@ impl World {
         };
         let plane = UserPlane::new(site.clone()).unwrap();
         let home = home.canonicalize().unwrap();
-        Worker { plane, site: SiteConfig { state_dir: home.join("state"), run_dir: home.join("run"), ..site }, home }
+        Worker {
+            protocol: Protocol::Nbd,
+            plane,
+            site: SiteConfig { state_dir: home.join("state"), run_dir: home.join("run"), ..site },
+            home,
+        }
     }
 
     pub(crate) fn mount_point(&self, name: &str) -> PathBuf {
@@ -224,6 +234,8 @@ pub(crate) fn eventually(what: &str, mut met: impl FnMut() -> bool) {
 }
 
 pub(crate) struct Worker {
+    /// What volumes that come here travel over.
+    pub(crate) protocol: Protocol,
     pub(crate) plane: UserPlane,
     pub(crate) site: SiteConfig,
     pub(crate) home: PathBuf,

@@ -54,12 +54,14 @@ tls = {{ ca = "../ca.pem", cert = "{name}.pem", key = "{name}.key" }}
 luks = {{ header = "{header}" }}
 keys = {{ source = "file", directory = "../keys" }}
 drain = {{ retention = "0s", stop_timeout = "10s", prepare_timeout = "20s" }}
+iscsi = {{ trusted_networks = ["{network}"] }}
 [[peers]]
 worker = "worker-{peer}"
 worker_index = {peer}
 address = "[{peer_address}]:7070"
 "#,
             run = Self::run_dir(lab, index).display(),
+            network = lab.network(),
             header = if index == 1 { "16MiB" } else { "4MiB" },
             peer_address = lab.address(peer),
         );
