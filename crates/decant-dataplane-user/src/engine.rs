@@ -421,6 +421,11 @@ impl Engine {
         self.pump();
     }
 
+    /// Whether only what reads wait for is fetched.
+    pub fn is_paused(&self) -> bool {
+        self.fill.paused.load(Ordering::Acquire)
+    }
+
     /// Limits the hydration to bytes per second, or lifts the limit.
     pub fn set_limit(&self, limit: Option<u64>) {
         match &mut *lock(&self.life) {

@@ -58,9 +58,21 @@ impl Session {
     /// # Errors
     /// When a thread cannot be made.
     pub fn start(device: Arc<OwnedFd>, backend: Arc<dyn Backend>, threads: usize) -> std::io::Result<Self> {
+        Self::serve(device, backend, threads, wire::FILE_NODE)
+    }
+
+    /// The same for a file system whose root is the file ([`Mount::on_file`]).
+    ///
+    /// # Errors
+    /// When a thread cannot be made.
+    pub fn start_on_file(device: Arc<OwnedFd>, backend: Arc<dyn Backend>, threads: usize) -> std::io::Result<Self> {
+        Self::serve(device, backend, threads, wire::ROOT_NODE)
+    }
+
+    fn serve(device: Arc<OwnedFd>, backend: Arc<dyn Backend>, threads: usize, file_node: u64) -> std::io::Result<Self> {
         let threads = (0..threads)
             .map(|n| {
-                let worker = Worker::new(Arc::clone(&device), Arc::clone(&backend));
+                let worker = Worker::new(Arc::clone(&device), Arc::clone(&backend), file_node);
                 std::thread::Builder::new().name(format!("fuse-{n}")).spawn(move || worker.run())
             })
             .collect::<Result<_, _>>()?;
@@ -117,13 +129,15 @@ impl AlignedBuffer {
 struct Worker {
     device: Arc<OwnedFd>,
     backend: Arc<dyn Backend>,
+    /// The file's node: below the root, or the root itself.
+    file_node: u64,
     head: [u8; HEAD_BYTES],
     data: AlignedBuffer,
 }
 
 impl Worker {
-    fn new(device: Arc<OwnedFd>, backend: Arc<dyn Backend>) -> Self {
-        Self { device, backend, head: [0; HEAD_BYTES], data: AlignedBuffer::new(MAX_DATA_BYTES) }
+    fn new(device: Arc<OwnedFd>, backend: Arc<dyn Backend>, file_node: u64) -> Self {
+        Self { device, backend, file_node, head: [0; HEAD_BYTES], data: AlignedBuffer::new(MAX_DATA_BYTES) }
     }
 
     fn run(mut self) -> Result<(), Errno> {
@@ -164,13 +178,14 @@ impl Worker {
 
     fn answer(&self, request: &Request) -> Result<Body, Errno> {
         let size = self.backend.size();
+        let is_file = request.node == self.file_node;
         Ok(match request.operation {
             Operation::Init { major, .. } if major < wire::MAJOR => return Err(Errno::PROTO),
             Operation::Init { flags, .. } => Body::init(flags),
-            Operation::Lookup { is_file: true } if request.node == wire::ROOT_NODE => Body::entry(size),
+            Operation::Lookup { is_file: true } if request.node == wire::ROOT_NODE && !is_file => Body::entry(size),
             Operation::Lookup { .. } => return Err(Errno::NOENT),
-            Operation::Attributes => Body::attributes(request.node, size),
-            Operation::Open if request.node == wire::FILE_NODE => Body::open(),
+            Operation::Attributes => Body::attributes(request.node, is_file.then_some(size)),
+            Operation::Open if is_file => Body::open(),
             Operation::Sync => self.backend.flush().map(|()| Body::EMPTY)?,
             Operation::Discard { offset, length } => {
                 check_range(offset, length, size)?;
@@ -265,6 +280,19 @@ impl Mount {
     /// # Errors
     /// ENOENT without `/dev/fuse`; ENODEV without FUSE in the kernel; EPERM without CAP_SYS_ADMIN.
     pub fn new(source: &str) -> std::io::Result<Self> {
+        Self::make(source, "40000", None)
+    }
+
+    /// As [`Self::new`], with the file as its root, so that it can be mounted on a file ([`Session::start_on_file`]). The
+    /// mount table shows it as `fuse.SUBTYPE`.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn on_file(source: &str, subtype: &str) -> std::io::Result<Self> {
+        Self::make(source, "100600", Some(subtype))
+    }
+
+    fn make(source: &str, root_mode: &str, subtype: Option<&str>) -> std::io::Result<Self> {
         use rustix::mount::{
             FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
         };
@@ -275,17 +303,30 @@ impl Mount {
         for (key, value) in [
             ("source", source),
             ("fd", descriptor.as_str()),
-            ("rootmode", "40000"),
+            ("rootmode", root_mode),
             ("user_id", "0"),
             ("group_id", "0"),
         ] {
             fsconfig_set_string(&context, key, value)?;
+        }
+        if let Some(subtype) = subtype {
+            fsconfig_set_string(&context, "subtype", subtype)?;
         }
         fsconfig_create(&context)?;
         let attributes =
             MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
         let root = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
         Ok(Self { device, root })
+    }
+
+    /// Shows it at `path`, which has to be there.
+    ///
+    /// # Errors
+    /// As mounting.
+    pub fn attach(&self, path: &std::path::Path) -> std::io::Result<()> {
+        use rustix::mount::{MoveMountFlags, move_mount};
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+        Ok(move_mount(&self.root, "", rustix::fs::CWD, path, flags)?)
     }
 }
 

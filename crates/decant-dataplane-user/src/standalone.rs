@@ -1,7 +1,17 @@
-//! A clone on its own, without a worker: any NBD export as origin, a file as destination, served over NBD while it fills.
+//! A clone on its own, without a worker: an NBD export, a disk over iSCSI or a local file as origin, a file or block device as
+//! destination, served over NBD or as a file while it fills.
 //!
 //! The same engine, map and origin as a volume's, with no cipher: bytes are kept as they come.
+//!
+//! What is where, beside the destination: `META` is the map, `META` with the ending `.marks` what a killed process had
+//! acknowledged, with `.failed` a note that the medium failed; `META.done`, its size in bytes as text, takes the map's place
+//! once the clone is detached from its origin.
 
+mod front;
+mod local;
+
+use std::ffi::OsString;
+use std::fs::File;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,35 +19,67 @@ use std::time::Duration;
 
 use decant_base::{BLOCK, Epoch, ExtentSet, VolumeId};
 use decant_clone::Shape;
+use decant_clone::format::{PAGE, Phase, Superblock};
 use decant_dataplane::CloneStatus;
+use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
-use crate::device::{Exported, Later, OriginSink, Status};
-use crate::engine::{self, Cipher, Engine, Files, Mode, OpenError, open_image};
+use crate::device::{Exported, Origin, OriginSink};
+use crate::engine::{self, Cipher, Engine, Files, Mode, OpenError, VerifyError};
+use crate::export::claim::{Claim, ClaimError, claim};
 use crate::export::{Address, ListenError, Server};
-use crate::fuse::Served;
-use crate::origin::{NotConnected, Options, Remote, Timing};
+use crate::origin::{NotConnected, Options, Remote, Spec, Timing};
+use crate::tls::ClientTls;
+use front::{FileFront, Front};
+use local::LocalOrigin;
 
 /// How long the first session with the origin may take.
 const FIRST_SESSION: Duration = Duration::from_secs(10);
 /// Connections to the origin: one for reads that somebody waits for, the others for hydration.
 const CONNECTIONS: usize = 3;
 
+/// Where a clone's missing blocks come from.
+#[derive(Clone)]
+pub enum Source {
+    /// An NBD export.
+    Nbd {
+        /// Where its server listens.
+        address: Address,
+        /// Its name there.
+        export: String,
+        /// Mutual TLS, or in the clear.
+        tls: Option<ClientTls>,
+    },
+    /// A file or block device of this machine, that nobody writes meanwhile.
+    File(PathBuf),
+}
+
+impl std::fmt::Display for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Nbd { address, .. } => write!(f, "{address}"),
+            Self::File(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
 /// What to clone, where to, and how to serve it.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct StandaloneOptions {
-    /// Where the origin's NBD server listens.
-    pub origin: Address,
-    /// The export's name there.
-    pub export: String,
-    /// The destination, a regular file; made if it is not there.
+    /// The origin.
+    pub source: Source,
+    /// The destination: a regular file, made if it is not there, or a block device that is large enough.
     pub destination: PathBuf,
     /// The clone's map. If it is there, filling goes on where it ended.
     pub meta: PathBuf,
-    /// Where clients connect.
-    pub serve: Address,
+    /// Where clients connect over NBD.
+    pub serve: Option<Address>,
+    /// The path at which it is a file, through FUSE.
+    pub fuse: Option<PathBuf>,
     /// Whether blocks are fetched that nobody has asked for.
     pub hydrate: bool,
+    /// Most bytes per second of those.
+    pub limit: Option<u64>,
 }
 
 /// Why a clone cannot start.
@@ -46,6 +88,9 @@ pub enum StandaloneError {
     /// The origin does not answer.
     #[error(transparent)]
     Origin(#[from] NotConnected),
+    /// The origin or the destination is in use, or cannot be opened.
+    #[error(transparent)]
+    Claim(#[from] ClaimError),
     /// The destination is not empty and has no map: it is not known which of its bytes are the origin's.
     #[error(
         "{} holds data and has no map at {}: name its map with --meta, or another destination",
@@ -57,6 +102,26 @@ pub enum StandaloneError {
         destination: PathBuf,
         /// Where its map would be.
         meta: PathBuf,
+    },
+    /// There is a map and no destination, or one of another size.
+    #[error("{} is not what the map at {} is of: it {what}", destination.display(), meta.display())]
+    NotItsMap {
+        /// Which.
+        destination: PathBuf,
+        /// The map.
+        meta: PathBuf,
+        /// What is wrong with the destination.
+        what: String,
+    },
+    /// The destination is a device with too little room.
+    #[error("{} has {found} bytes, the origin has {wanted}", destination.display())]
+    TooSmall {
+        /// Which.
+        destination: PathBuf,
+        /// Its bytes.
+        found: u64,
+        /// The origin's.
+        wanted: u64,
     },
     /// The origin is no size that a clone can have.
     #[error("the origin cannot be cloned: {0}")]
@@ -80,43 +145,149 @@ pub enum StandaloneError {
     },
 }
 
+/// Why a clone cannot be detached from its origin.
+#[derive(Debug, thiserror::Error)]
+pub enum DetachError {
+    /// Blocks are missing.
+    #[error("{0} bytes are still only at the origin")]
+    Missing(u64),
+    /// It cannot be recorded, or the medium failed.
+    #[error("{0}")]
+    Failed(String),
+}
+
 /// A running clone. Dropping it leaves the map as after a crash; [`Standalone::close`] ends in order.
 pub struct Standalone {
     engine: Arc<Engine>,
-    server: Server,
+    meta: PathBuf,
+    server: Option<Server>,
+    file: Option<FileFront>,
+}
+
+/// What there is of a clone already.
+enum Found {
+    Nothing,
+    /// A map.
+    Map {
+        /// The clone's bytes.
+        size: u64,
+        /// All of them are here; the map was not removed yet.
+        complete: bool,
+    },
+    /// All of them, detached.
+    Whole(u64),
+}
+
+/// What a start that fails takes away again.
+#[derive(Default)]
+struct Made(Vec<PathBuf>);
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        for path in &self.0 {
+            let _ = std::fs::remove_file(path);
+        }
+    }
 }
 
 impl Standalone {
     /// Connects, opens or makes the destination and its map, and serves.
     ///
     /// # Errors
-    /// [`StandaloneError`]; a destination that was made is left, empty.
+    /// [`StandaloneError`]; what was made is taken away again.
     pub fn start(options: &StandaloneOptions) -> Result<Self, StandaloneError> {
-        let size = probe(options)?;
+        let found = look(&options.meta)?;
+        // Found in use before anything is made.
+        let local = match (&options.source, &found) {
+            (_, Found::Whole(_) | Found::Map { complete: true, .. }) | (Source::Nbd { .. }, _) => None,
+            (Source::File(path), _) => Some(claim(path, false)?),
+        };
+        let size = match (&found, &local) {
+            (Found::Map { size, .. } | Found::Whole(size), _) => *size,
+            (Found::Nothing, Some(claim)) => claim.size,
+            (Found::Nothing, None) => probe(&options.source)?,
+        };
+        if let Some(claim) = local.as_ref().filter(|claim| claim.size != size) {
+            return Err(StandaloneError::Size(format!("it has {} bytes, the map is of {size}", claim.size)));
+        }
         let shape = Shape::new(size, 512).map_err(|error| StandaloneError::Size(error.to_string()))?;
-        // A clone that was filled has no map any more; there is nothing left to do but serve it.
-        let found = options.meta.exists();
-        let image = open_destination(options, size, found)?;
+        let mut made = Made::default();
+        let image = open_destination(options, size, &found, &mut made)?;
+        if let Found::Nothing = found {
+            let endings = ["map.new", "marks"].map(|ending| options.meta.with_extension(ending));
+            made.0.extend([options.meta.clone()].into_iter().chain(endings));
+        }
         let engine = Engine::open(engine::Options {
             volume: VolumeId::new("clone").unwrap_or_else(|_| unreachable!("a DNS label")),
             shape,
-            mode: if found { Mode::Clone } else { Mode::Prepared },
-            disk: Arc::new(Files::new(image, &options.destination, 0, size, options.meta.clone())),
+            mode: match found {
+                Found::Nothing => Mode::Prepared,
+                Found::Map { .. } => Mode::Clone,
+                Found::Whole(_) => Mode::Plain,
+            },
+            disk: Arc::new(Files::new(image.file, &options.destination, 0, size, options.meta.clone())),
             cipher: Arc::new(Plaintext),
             boot: engine::boot_id().map_err(|source| io("read", Path::new("boot_id"), source))?,
         })?;
-        engine.pause(!options.hydrate);
-        let sink: Arc<dyn OriginSink> = engine.clone();
-        let origin = Remote::open(origin_options(options, Some(size)), sink)
-            .map_err(|source| io("connect for", &options.destination, source))?;
-        engine.set_origin(origin, &options.origin.to_string());
-        if !found {
-            let mut live = ExtentSet::new();
-            live.insert(0..size.div_ceil(BLOCK));
-            engine.begin(live, Epoch(0))?;
+        let started = Self::serve(options, engine, local, matches!(found, Found::Nothing));
+        if started.is_ok() {
+            made.0.clear();
         }
-        let server = Server::listen(&options.serve, None, "", Arc::new(Front { engine: engine.clone() }))?;
-        Ok(Self { engine, server })
+        started
+    }
+
+    fn serve(
+        options: &StandaloneOptions,
+        engine: Arc<Engine>,
+        local: Option<Claim>,
+        fresh: bool,
+    ) -> Result<Self, StandaloneError> {
+        engine.pause(!options.hydrate);
+        if !engine.is_plain() {
+            let sink: Arc<dyn OriginSink> = engine.clone();
+            let origin = connect(&options.source, engine.shape().size(), local, sink)
+                .map_err(|source| io("connect for", &options.destination, source))?;
+            engine.set_origin(origin, &options.source.to_string());
+        }
+        let clone = Self { engine, meta: options.meta.clone(), server: None, file: None };
+        let fronts = clone.with_fronts(options);
+        let clone = match fronts {
+            Ok(clone) => clone,
+            Err((clone, error)) => {
+                // No thread of it may touch the files that are being taken away.
+                clone.engine.drop_origin();
+                let _ = clone.engine.close();
+                return Err(error);
+            }
+        };
+        if fresh {
+            let mut live = ExtentSet::new();
+            live.insert(0..clone.engine.shape().size().div_ceil(BLOCK));
+            if let Err(error) = clone.engine.begin(live, Epoch(0)) {
+                clone.engine.drop_origin();
+                return Err(error.into());
+            }
+        }
+        clone.engine.set_limit(options.limit);
+        Ok(clone)
+    }
+
+    /// Reads wait until the clone begins, so fronts may be there before it.
+    fn with_fronts(mut self, options: &StandaloneOptions) -> Result<Self, (Self, StandaloneError)> {
+        if let Some(address) = &options.serve {
+            let device: Arc<dyn Exported> = Arc::new(Front { engine: self.engine.clone() });
+            match Server::listen(address, None, "", device) {
+                Ok(server) => self.server = Some(server),
+                Err(error) => return Err((self, error.into())),
+            }
+        }
+        if let Some(path) = &options.fuse {
+            match FileFront::mount(path, self.engine.clone()) {
+                Ok(file) => self.file = Some(file),
+                Err(error) => return Err((self, io("mount the clone at", path, error))),
+            }
+        }
+        Ok(self)
     }
 
     /// How far it is; `None` once it is whole.
@@ -124,18 +295,62 @@ impl Standalone {
         self.engine.status()
     }
 
+    /// Bytes of it.
+    pub fn size(&self) -> u64 {
+        self.engine.shape().size()
+    }
+
+    /// Where NBD clients connect, the port filled in.
+    pub fn address(&self) -> Option<&Address> {
+        self.server.as_ref().map(Server::local_addr)
+    }
+
     /// Why it acknowledges nothing any more.
     pub fn failure(&self) -> Option<String> {
         self.engine.failure()
+    }
+
+    /// Fetches only what somebody reads, or goes on with the rest.
+    pub fn pause(&self, paused: bool) {
+        self.engine.pause(paused);
+    }
+
+    /// Whether only that is fetched.
+    pub fn is_paused(&self) -> bool {
+        self.engine.is_paused()
+    }
+
+    /// Limits what nobody has asked for to bytes per second, or lifts the limit.
+    pub fn set_limit(&self, limit: Option<u64>) {
+        self.engine.set_limit(limit);
+    }
+
+    /// Once nothing is missing: records durably that the clone is whole, lets the origin go, and removes the map; serving goes
+    /// on. Again: no error.
+    ///
+    /// # Errors
+    /// Blocks are missing, or the medium failed.
+    pub fn detach(&self) -> Result<(), DetachError> {
+        self.engine.finish().map_err(|error| match (error, self.status()) {
+            (VerifyError::NotYet(_), Some(status)) => DetachError::Missing(status.bytes_missing.max(1)),
+            (error, _) => DetachError::Failed(error.to_string()),
+        })?;
+        let done = done_path(&self.meta);
+        let failed = |error: std::io::Error| DetachError::Failed(format!("cannot write {}: {error}", done.display()));
+        record_done(&done, self.size()).map_err(failed)?;
+        self.engine.drop_map().map_err(|error| DetachError::Failed(format!("cannot remove the map: {error}")))
     }
 
     /// Ends in order: nothing acknowledged is lost, and the next start goes on from here.
     ///
     /// # Errors
     /// If the last commit fails.
-    pub fn close(self) -> Result<(), Errno> {
+    pub fn close(mut self) -> Result<(), Errno> {
         self.engine.fail_parked_reads();
-        self.server.close();
+        drop(self.file.take());
+        if let Some(server) = self.server.take() {
+            server.close();
+        }
         self.engine.close()
     }
 }
@@ -144,20 +359,81 @@ fn io(action: &'static str, path: &Path, source: std::io::Error) -> StandaloneEr
     StandaloneError::Io { action, path: path.to_owned(), source }
 }
 
-fn origin_options(options: &StandaloneOptions, size: Option<u64>) -> Options {
-    Options {
-        address: options.origin.clone(),
-        tls: None,
-        export: options.export.clone(),
+fn done_path(meta: &Path) -> PathBuf {
+    let mut name = OsString::from(meta);
+    name.push(".done");
+    name.into()
+}
+
+/// The size of a clone that is whole, durably and in its place at once.
+fn record_done(done: &Path, size: u64) -> std::io::Result<()> {
+    let new = done.with_extension("done.new");
+    std::fs::write(&new, format!("{size}\n"))?;
+    File::open(&new)?.sync_all()?;
+    std::fs::rename(&new, done)?;
+    let directory = done.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    File::open(directory)?.sync_all()
+}
+
+/// What the files beside the destination say.
+fn look(meta: &Path) -> Result<Found, StandaloneError> {
+    use std::os::unix::fs::FileExt;
+    match File::open(meta) {
+        Ok(map) => {
+            // Two superblocks, of which one may be torn; the newer one counts.
+            let mut page = [0; PAGE];
+            let both = [0, PAGE as u64]
+                .map(|at| map.read_exact_at(&mut page, at).ok().and_then(|()| Superblock::decode(&page).ok()));
+            let newest = both.into_iter().flatten().max_by_key(|superblock| superblock.generation);
+            let none = || std::io::Error::new(std::io::ErrorKind::InvalidData, "it is no map of a clone");
+            let newest = newest.ok_or_else(|| io("use as map", meta, none()))?;
+            return Ok(Found::Map { size: newest.size, complete: newest.phase == Phase::Complete });
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(io("open", meta, error)),
+    }
+    let done = done_path(meta);
+    match std::fs::read_to_string(&done) {
+        Ok(text) => match text.trim().parse() {
+            Ok(size) => Ok(Found::Whole(size)),
+            Err(_) => Err(io("understand", &done, std::io::ErrorKind::InvalidData.into())),
+        },
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Found::Nothing),
+        Err(error) => Err(io("read", &done, error)),
+    }
+}
+
+fn nbd_options(source: &Source, size: Option<u64>) -> Option<Options> {
+    let Source::Nbd { address, export, tls } = source else { return None };
+    Some(Options {
+        address: address.clone(),
+        tls: tls.clone(),
+        export: export.clone(),
         size,
         digests: false,
         connections: if size.is_some() { CONNECTIONS } else { 1 },
         timing: Timing::NETWORK,
+    })
+}
+
+/// Starts to ask the origin, which has to have `size` bytes. Never waits for a network.
+fn connect(
+    source: &Source,
+    size: u64,
+    local: Option<Claim>,
+    sink: Arc<dyn OriginSink>,
+) -> std::io::Result<Arc<dyn Origin>> {
+    match (source, local) {
+        (Source::File(path), Some(claim)) => Ok(LocalOrigin::open(claim, path, sink)?),
+        _ => match nbd_options(source, Some(size)) {
+            Some(options) => Ok(Remote::open(options, sink)?),
+            None => Err(std::io::ErrorKind::NotFound.into()),
+        },
     }
 }
 
-/// The origin's size.
-fn probe(options: &StandaloneOptions) -> Result<u64, StandaloneError> {
+/// The size of an origin on the network.
+fn probe(source: &Source) -> Result<u64, StandaloneError> {
     struct Nobody;
     impl OriginSink for Nobody {
         fn handle_data(&self, _token: u64, _offset: u64, _data: &[u8]) {}
@@ -166,25 +442,50 @@ fn probe(options: &StandaloneOptions) -> Result<u64, StandaloneError> {
         fn handle_done(&self, _token: u64, _result: Result<(), Errno>) {}
         fn handle_link(&self, _up: bool, _detail: &str) {}
     }
-    let origin = Remote::open(origin_options(options, None), Arc::new(Nobody))
-        .map_err(|source| io("connect for", &options.destination, source))?;
+    let no_address = || StandaloneError::Size("it is on no network".into());
+    let options = nbd_options(source, None).ok_or_else(no_address)?;
+    let origin = Remote::open(options, Arc::new(Nobody))
+        .map_err(|error| io("connect for", Path::new(&source.to_string()), error))?;
     Ok(origin.wait_connected(FIRST_SESSION)?.size)
 }
 
-fn open_destination(options: &StandaloneOptions, size: u64, found: bool) -> Result<std::fs::File, StandaloneError> {
+/// Opens the destination, and sees to it that it is what `found` says.
+fn open_destination(
+    options: &StandaloneOptions,
+    size: u64,
+    found: &Found,
+    made: &mut Made,
+) -> Result<Claim, StandaloneError> {
     let path = &options.destination;
-    if !path.exists() {
+    let not_its_map =
+        |what: String| StandaloneError::NotItsMap { destination: path.clone(), meta: options.meta.clone(), what };
+    let fresh = matches!(found, Found::Nothing);
+    if std::fs::symlink_metadata(path).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound) {
+        if !fresh {
+            return Err(not_its_map("is missing".into()));
+        }
         let file = std::fs::OpenOptions::new().write(true).create_new(true).open(path);
         let file = file.map_err(|source| io("make", path, source))?;
+        made.0.push(path.clone());
         // What a machine keeps on its disk is nobody else's to read.
         file.set_permissions(PermissionsExt::from_mode(0o600)).map_err(|source| io("make", path, source))?;
     }
-    let image = open_image(path).map_err(|source| io("open", path, source))?;
-    let length = image.metadata().map_err(|source| io("open", path, source))?.len();
-    if !found && length != 0 {
+    let image = claim(path, true)?;
+    if image.is_block_device {
+        if image.size < size {
+            return Err(StandaloneError::TooSmall { destination: path.clone(), found: image.size, wanted: size });
+        }
+        return Ok(image);
+    }
+    if !fresh && image.size != size {
+        return Err(not_its_map(format!("has {} bytes, not {size}", image.size)));
+    }
+    // A start that was killed before there was a map has left a hole of the origin's size.
+    let is_hole = || rustix::fs::seek(&image.file, SeekFrom::Data(0)) == Err(Errno::NXIO);
+    if fresh && image.size != 0 && !(image.size == size && is_hole()) {
         return Err(StandaloneError::NotEmpty { destination: path.clone(), meta: options.meta.clone() });
     }
-    image.set_len(size).map_err(|source| io("size", path, source))?;
+    image.file.set_len(size).map_err(|source| io("size", path, source))?;
     Ok(image)
 }
 
@@ -194,53 +495,4 @@ struct Plaintext;
 impl Cipher for Plaintext {
     fn encrypt(&self, _offset: u64, _data: &mut [u8]) {}
     fn decrypt(&self, _offset: u64, _data: &mut [u8]) {}
-}
-
-/// The clone as NBD clients see it: read-write. A read that is missing waits; what was asked after it does not.
-struct Front {
-    engine: Arc<Engine>,
-}
-
-impl Exported for Front {
-    fn size(&self) -> u64 {
-        self.engine.shape().size()
-    }
-
-    fn read_only(&self) -> bool {
-        false
-    }
-
-    fn ready(&self) -> bool {
-        true
-    }
-
-    fn read(&self, offset: u64, buffer: &mut [u8], later: &mut Later<'_>) -> Result<Served, Errno> {
-        let served = self.engine.read(offset, buffer)?;
-        if served == Served::Missing {
-            self.engine.park(offset, buffer.len(), later());
-        }
-        Ok(served)
-    }
-
-    fn write(&self, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
-        self.engine.write(offset, data)
-    }
-
-    fn discard(&self, offset: u64, length: u64) -> Result<(), Errno> {
-        self.engine.discard(offset, length)
-    }
-
-    fn flush(&self) -> Result<(), Errno> {
-        self.engine.flush()
-    }
-
-    fn status(&self, _offset: u64, length: u64, out: &mut Vec<Status>) -> Result<(), Errno> {
-        // What is not here yet may be data at the origin: everything is allocated, as far as is known.
-        out.push(Status { length, hole: false });
-        Ok(())
-    }
-
-    fn digests(&self, _offset: u64, _length: u64, _out: &mut Vec<u32>) -> Option<Result<(), Errno>> {
-        None
-    }
 }

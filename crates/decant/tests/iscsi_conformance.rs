@@ -157,8 +157,8 @@ fn a_writable_target_passes_every_suite() {
 #[test]
 fn a_target_with_large_blocks_and_digests_passes_what_moves_data() {
     let directory = directory();
-    let (_large, large) =
-        export(directory.path(), "large", 16_384 * 4096, &["--block-size", "4096", "--digests", "required"]);
+    let (_large, large) = export(directory.path(), "large", 16_384 * 4096, &["--block-size", "4096"]);
+    // libiscsi knows no digests of data.
     let large = format!("{large}?header_digest=crc32c");
     let mut tally = Tally::default();
     for suite in

@@ -102,7 +102,8 @@ impl Medium for FilePart {
         }
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         match rustix::fs::fallocate(&self.file, flags, self.base + offset, length) {
-            Err(Errno::OPNOTSUPP) => write_zeros(&self.file, self.base + offset, length),
+            // EINVAL: a block device whose blocks are larger than what is punched.
+            Err(Errno::OPNOTSUPP | Errno::INVAL) => write_zeros(&self.file, self.base + offset, length),
             result => result,
         }
     }

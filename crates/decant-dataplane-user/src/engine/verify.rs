@@ -125,6 +125,33 @@ impl Engine {
         }
     }
 
+    /// Ends a clone whose origin has no digests to compare with: once nothing is missing, syncs, marks the map complete, and the
+    /// volume is plain from then on; the origin is let go. Again: no error.
+    ///
+    /// # Errors
+    /// [`VerifyError::NotYet`] while blocks are missing.
+    pub fn finish(&self) -> Result<(), VerifyError> {
+        let _one = lock(&self.verifying);
+        loop {
+            let (missing, counts) = match &*lock(&self.life) {
+                Life::Plain => return Ok(()),
+                Life::Prepared(_) => return Err(VerifyError::NotYet("the clone has not begun".into())),
+                Life::Clone(core) => {
+                    let count = |state| core.map().count(state);
+                    let (overwritten, discarded) = (count(State::Written), count(State::Discarded));
+                    (count(State::Missing), Counts { compared: 0, overwritten, discarded, repaired: 0 })
+                }
+            };
+            if missing > 0 {
+                return Err(VerifyError::NotYet(format!("{missing} blocks are missing")));
+            }
+            self.commit(decant_clone::Scope::Flush).map_err(|_| self.stuck())?;
+            if self.complete(counts)?.is_some() {
+                return Ok(());
+            }
+        }
+    }
+
     fn stuck(&self) -> VerifyError {
         VerifyError::Stuck(self.failure().unwrap_or_else(|| "the volume failed".into()))
     }

@@ -232,16 +232,23 @@ impl Body {
 
     /// `struct fuse_entry_out` of the file of `size` bytes.
     pub fn entry(size: u64) -> Self {
-        Self::EMPTY.u64(FILE_NODE).u64(0).u64(FOREVER_S).u64(FOREVER_S).u32(0).u32(0).attributes_of(FILE_NODE, size)
+        Self::EMPTY
+            .u64(FILE_NODE)
+            .u64(0)
+            .u64(FOREVER_S)
+            .u64(FOREVER_S)
+            .u32(0)
+            .u32(0)
+            .attributes_of(FILE_NODE, Some(size))
     }
 
-    /// `struct fuse_attr_out` of `node`.
-    pub fn attributes(node: u64, size: u64) -> Self {
+    /// `struct fuse_attr_out` of `node`: of a file of `size` bytes, or of a directory.
+    pub fn attributes(node: u64, size: Option<u64>) -> Self {
         Self::EMPTY.u64(FOREVER_S).u32(0).u32(0).attributes_of(node, size)
     }
 
-    fn attributes_of(self, node: u64, size: u64) -> Self {
-        let (mode, size) = if node == FILE_NODE { (MODE_FILE, size) } else { (MODE_DIRECTORY, 0) };
+    fn attributes_of(self, node: u64, size: Option<u64>) -> Self {
+        let (mode, size) = size.map_or((MODE_DIRECTORY, 0), |size| (MODE_FILE, size));
         // Times, owner and device number are zero: root's, and nobody looks.
         self.u64(node).u64(size).u64(size.div_ceil(512)).zeros(36).u32(mode).u32(1).zeros(12).u32(4096).u32(0)
     }
@@ -330,7 +337,7 @@ mod tests {
         for (body, bytes) in [
             (Body::init(u64::MAX), 64),
             (Body::entry(1), 128),
-            (Body::attributes(FILE_NODE, 1), 104),
+            (Body::attributes(FILE_NODE, Some(1)), 104),
             (Body::open(), 16),
             (Body::written(1), 8),
             (Body::file_system(1), 80),

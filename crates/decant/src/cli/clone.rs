@@ -1,97 +1,183 @@
-//! `decant clone`: a clone on its own, of any NBD export, without a worker.
+//! `decant clone`: a clone on its own, without a worker.
 
-use std::io::Read;
-use std::net::ToSocketAddrs;
-use std::os::unix::net::UnixStream;
+mod control;
+
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::Arc;
 
 use clap::{Args, Subcommand};
+use decant_base::Bytes;
 use decant_dataplane_user::export::Address;
-use decant_dataplane_user::standalone::{Standalone, StandaloneOptions};
-use serde_json::{Value, json};
-use tokio::io::AsyncWriteExt;
-use tokio::net::UnixListener;
-use tokio::signal::unix::{SignalKind, signal};
+use decant_dataplane_user::standalone::{Source, Standalone, StandaloneError, StandaloneOptions};
+use decant_dataplane_user::tls::{ClientTls, Fingerprint};
+use serde_json::{Map, Value};
 
-use super::output::{Output, bytes, fields, print, show};
-use super::{Exit, Failure, Global};
-
-/// How long a running clone may take to say how it stands.
-const PATIENCE: Duration = Duration::from_secs(5);
+use super::export::{NBD_PORT, Stop, in_use, listen_failure};
+use super::ready::{notify, ready, resolve};
+use super::{Exit, Failure, Global, parse_bytes, secrets};
 
 /// `decant clone`.
 #[derive(Debug, Args)]
 #[command(
     args_conflicts_with_subcommands = true,
     after_help = "Prints READY once clients can connect. Ends on SIGTERM or Ctrl-C; started again with the same files, it goes on\n\
-        where it ended.\n\nExamples:\n  \
-        decant clone nbd://10.0.0.7:10809/disk disk.img --meta disk.map --serve unix:/run/disk.sock\n  \
-        decant clone status --control disk.map.sock -o json"
+        where it ended. ORIGIN must not change meanwhile.\n\n\
+        Examples:\n  \
+        decant clone nbd://10.0.0.7/disk disk.img --meta disk.map --serve unix:/run/disk.sock\n  \
+        decant clone /dev/vg0/old /dev/vg1/new --meta new.map --fuse /run/new.img --limit 50M\n  \
+        decant clone status --meta disk.map -o json\n  \
+        decant clone detach --meta disk.map                   once nothing is missing"
 )]
 pub(crate) struct CloneArgs {
     #[command(subcommand)]
-    verb: Option<CloneVerb>,
+    verb: Option<Verb>,
     #[command(flatten)]
     start: Option<Start>,
 }
 
+/// Which running clone.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct Which {
+    /// Its control socket: the map's name with `.sock` added.
+    #[arg(long, value_name = "SOCKET")]
+    control: Option<PathBuf>,
+    /// Its map.
+    #[arg(long, value_name = "FILE")]
+    meta: Option<PathBuf>,
+}
+
+impl Which {
+    fn socket(&self) -> PathBuf {
+        match (&self.control, &self.meta) {
+            (Some(control), _) => control.clone(),
+            (None, meta) => control_of(meta.as_deref().unwrap_or(Path::new("clone.map"))),
+        }
+    }
+}
+
 #[derive(Debug, Subcommand)]
-enum CloneVerb {
+enum Verb {
     /// How far a running clone is.
     Status {
-        /// Its control socket: the map's name with `.sock` added.
-        #[arg(long, value_name = "SOCKET")]
-        control: PathBuf,
+        #[command(flatten)]
+        which: Which,
+    },
+    /// Limit how fast it fetches what nobody has asked for.
+    Limit {
+        /// Bytes per second, e.g. 50M, or `none`.
+        #[arg(value_parser = parse_limit)]
+        rate: Limit,
+        #[command(flatten)]
+        which: Which,
+    },
+    /// Fetch only what somebody reads.
+    Pause {
+        #[command(flatten)]
+        which: Which,
+    },
+    /// Fetch the rest too.
+    Resume {
+        #[command(flatten)]
+        which: Which,
+    },
+    /// Let the origin go, once nothing is missing; the clone goes on serving.
+    Detach {
+        #[command(flatten)]
+        which: Which,
     },
 }
 
+/// Bytes per second, or no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Limit(Option<u64>);
+
+fn parse_limit(text: &str) -> Result<Limit, String> {
+    if text == "none" {
+        return Ok(Limit(None));
+    }
+    let Bytes(rate) = parse_bytes(text.trim_end_matches("/s"))?;
+    if rate == 0 { Err("a rate is more than 0; `decant clone pause` stops".to_owned()) } else { Ok(Limit(Some(rate))) }
+}
+
 #[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("front").args(["serve", "fuse"]).required(true).multiple(true))]
 struct Start {
-    /// Where missing blocks come from: nbd://HOST:PORT/EXPORT (10809 if no port is said) or nbd+unix:///EXPORT?socket=PATH.
+    /// Where missing blocks come from: nbd://HOST[:PORT]/EXPORT, nbds:// (with --tls), nbd+unix:///EXPORT?socket=PATH, or a file
+    /// or block device of this machine that nobody writes.
     origin: String,
-    /// The file that is filled; made if it is not there.
+    /// What is filled: a regular file, made if it is not there, or a block device that nobody uses.
     destination: PathBuf,
     /// The clone's map; made if it is not there.
     #[arg(long, value_name = "FILE")]
     meta: PathBuf,
     /// Where clients connect over NBD.
     #[arg(long, value_name = "unix:PATH")]
-    serve: String,
+    serve: Option<String>,
+    /// Where the clone is a regular file; made if it is not there.
+    #[arg(long, value_name = "PATH")]
+    fuse: Option<PathBuf>,
     /// Whether blocks are fetched that nobody has asked for.
     #[arg(long, value_name = "on|off", default_value = "on", value_parser = ["on", "off"])]
     hydrate: String,
+    /// Most bytes per second of those, e.g. 50M.
+    #[arg(long, value_name = "RATE", value_parser = parse_limit)]
+    limit: Option<Limit>,
+    /// Mutual TLS for nbds://: a directory with ca.pem, NAME.pem and NAME.key, or the three files.
+    #[arg(long, value_name = "DIR|CA,CERT,KEY")]
+    tls: Option<String>,
+    /// The SHA-256 fingerprint that the server's certificate must have.
+    #[arg(long, value_name = "HEX", requires = "tls")]
+    peer: Option<Fingerprint>,
 }
 
 pub(crate) fn run(args: CloneArgs, global: &Global) -> Result<Exit, Failure> {
-    match (args.verb, args.start) {
-        (Some(CloneVerb::Status { control }), _) => status(&control, global.output),
-        (None, Some(start)) => serve(&start),
-        (None, None) => Err(Failure::usage("nothing to clone", "no origin is named", "see `decant clone --help`")),
+    let Some(verb) = args.verb else {
+        return match args.start {
+            Some(start) => serve(&start, global),
+            None => Err(Failure::usage("nothing to clone", "no origin is named", "see `decant clone --help`")),
+        };
+    };
+    match verb {
+        Verb::Status { which } => control::ask(&which.socket(), "status", global.output),
+        Verb::Limit { rate: Limit(rate), which } => {
+            let rate = rate.map_or_else(|| "none".to_owned(), |rate| rate.to_string());
+            control::ask(&which.socket(), &format!("limit {rate}"), global.output)
+        }
+        Verb::Pause { which } => control::ask(&which.socket(), "pause", global.output),
+        Verb::Resume { which } => control::ask(&which.socket(), "resume", global.output),
+        Verb::Detach { which } => control::ask(&which.socket(), "detach", global.output),
     }
 }
 
-/// `nbd://HOST[:PORT]/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`.
-fn parse_origin(text: &str) -> Result<(Address, String), Failure> {
+/// What an origin's text says; a path is what has no scheme.
+fn parse_origin(text: &str, tls: Option<ClientTls>) -> Result<Source, Failure> {
     let wrong = |cause: String| {
         Failure::usage(
             "origin not understood",
             cause,
-            "write nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH",
+            "write nbd://HOST[:PORT]/EXPORT, nbds://HOST[:PORT]/EXPORT with --tls, nbd+unix:///EXPORT?socket=PATH, or a path",
         )
     };
-    if let Some(rest) = text.strip_prefix("nbd+unix:///") {
-        let (export, socket) = rest.split_once("?socket=").ok_or_else(|| wrong(format!("{text} names no socket")))?;
-        return Ok((Address::Unix(socket.into()), export.to_owned()));
+    let Some((scheme, rest)) = text.split_once("://") else {
+        return if text.is_empty() { Err(wrong("it is empty".into())) } else { Ok(Source::File(text.into())) };
+    };
+    if (scheme == "nbds") != tls.is_some() {
+        return Err(wrong("nbds:// and --tls belong together".into()));
     }
-    let rest = text.strip_prefix("nbd://").ok_or_else(|| wrong(format!("{text} is no NBD address")))?;
-    let (host, export) = rest.split_once('/').unwrap_or((rest, ""));
-    // 10809 is NBD's port (IANA); a bracketed IPv6 address has colons of its own.
-    let has_port = host.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok()) && !host.ends_with(']');
-    let host = if has_port { host.to_owned() } else { format!("{host}:10809") };
-    let mut found = host.to_socket_addrs().map_err(|error| wrong(format!("{host}: {error}")))?;
-    let address = found.next().ok_or_else(|| wrong(format!("{host} has no address")))?;
-    Ok((Address::Tcp(address), export.to_owned()))
+    match scheme {
+        "nbd+unix" => {
+            let named = rest.strip_prefix('/').and_then(|rest| rest.split_once("?socket="));
+            let (export, socket) = named.ok_or_else(|| wrong(format!("{text} names no socket")))?;
+            Ok(Source::Nbd { address: Address::Unix(socket.into()), export: export.to_owned(), tls })
+        }
+        "nbd" | "nbds" => {
+            let (host, export) = rest.split_once('/').unwrap_or((rest, ""));
+            let address = Address::Tcp(resolve(host, NBD_PORT)?);
+            Ok(Source::Nbd { address, export: export.to_owned(), tls })
+        }
+        _ => Err(wrong(format!("{scheme}:// is not spoken"))),
+    }
 }
 
 fn parse_serve(text: &str) -> Result<Address, Failure> {
@@ -107,117 +193,129 @@ fn control_of(meta: &Path) -> PathBuf {
     name.into()
 }
 
-fn serve(start: &Start) -> Result<Exit, Failure> {
-    let (origin, export) = parse_origin(&start.origin)?;
-    let options = StandaloneOptions {
-        origin,
-        export,
+fn options(start: &Start) -> Result<StandaloneOptions, Failure> {
+    let certificates = |error| Failure::usage("certificates not usable", error, "see `decant ca --help`");
+    let tls = match &start.tls {
+        Some(text) => Some(secrets::identity(text)?.client(start.peer).map_err(certificates)?),
+        None => None,
+    };
+    if start.destination == start.meta {
+        let cause = "DEST and --meta name the same file";
+        return Err(Failure::usage("map not usable", cause, "name another file for the map"));
+    }
+    Ok(StandaloneOptions {
+        source: parse_origin(&start.origin, tls)?,
         destination: start.destination.clone(),
         meta: start.meta.clone(),
-        serve: parse_serve(&start.serve)?,
+        serve: start.serve.as_deref().map(parse_serve).transpose()?,
+        fuse: start.fuse.clone(),
         hydrate: start.hydrate == "on",
-    };
-    let clone = Standalone::start(&options)
-        .map_err(|error| Failure::local("clone not started", error, "check the origin and the files named"))?;
-    let control = control_of(&start.meta);
-    let _ = std::fs::remove_file(&control);
-    let broken = |error: std::io::Error| {
-        Failure::local("control socket not made", format_args!("{}: {error}", control.display()), "check its directory")
-    };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(broken)?;
-    let ended = runtime.block_on(answer(&control, &clone));
-    let _ = std::fs::remove_file(&control);
-    if let Address::Unix(path) = &options.serve {
-        let _ = std::fs::remove_file(path);
-    }
-    let closed = clone.close();
-    ended.map_err(broken)?;
-    closed.map_err(|error| {
-        Failure::local("clone not ended in order", format_args!("the last commit failed: {error}"), "check the disk")
-    })?;
-    Ok(Exit::Done)
+        limit: start.limit.and_then(|Limit(rate)| rate),
+    })
 }
 
-/// Tells whoever connects how the clone stands, until a signal asks for the end.
-async fn answer(control: &Path, clone: &Standalone) -> std::io::Result<()> {
-    let listener = UnixListener::bind(control)?;
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    print("READY");
-    loop {
-        tokio::select! {
-            _ = terminate.recv() => return Ok(()),
-            _ = interrupt.recv() => return Ok(()),
-            asked = listener.accept() => {
-                let (mut stream, _) = asked?;
-                let text = describe(clone).to_string();
-                // Whoever asked and does not read is not waited for: the answer fits into the socket's buffer.
-                let _ = tokio::time::timeout(PATIENCE, stream.write_all(text.as_bytes())).await;
-            }
+/// Why a clone does not start, as its user has to hear it.
+fn not_started(error: StandaloneError) -> Failure {
+    match error {
+        StandaloneError::Claim(error) => in_use(error),
+        StandaloneError::Serve(error) => listen_failure(&error),
+        StandaloneError::NotEmpty { .. } => {
+            Failure::blocked("destination not empty", error, "name its map with --meta, or another destination")
+        }
+        StandaloneError::NotItsMap { .. } => Failure::blocked(
+            "not this map's destination",
+            error,
+            "name the destination and the map that belong together",
+        ),
+        StandaloneError::TooSmall { .. } => Failure::blocked("no room", error, "name a larger device"),
+        StandaloneError::Size(_) => {
+            Failure::usage("origin not cloned", error, "name an origin of whole 512-byte sectors")
+        }
+        StandaloneError::Open(error) => {
+            Failure::local("clone not started", chain(&error), "check that --meta names this clone's map")
+        }
+        error => Failure::local("clone not started", error, "check the origin and the files named"),
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {}", chain(source)),
+        None => error.to_string(),
+    }
+}
+
+fn serve(start: &Start, global: &Global) -> Result<Exit, Failure> {
+    crate::processes::log();
+    let options = options(start)?;
+    let broken = |error: std::io::Error| Failure::local("clone not started", error, "check the limits of this process");
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(broken)?;
+    let clone = runtime.block_on(async {
+        let stop = Stop::listen()?;
+        let clone = Arc::new(Standalone::start(&options).map_err(not_started)?);
+        let control = control::Control::listen(&control_of(&start.meta))?;
+        ready(global.output, &facts(&options, &clone, control.path()));
+        control.answer(&clone, stop).await;
+        notify("STOPPING=1");
+        Ok::<_, Failure>(clone)
+    })?;
+    // Whoever still answers a question gives the clone back.
+    drop(runtime);
+    let failed = clone.failure();
+    let closed = Arc::into_inner(clone).map_or(Ok(()), Standalone::close);
+    match (failed, closed) {
+        (None, Ok(())) => Ok(Exit::Done),
+        (failed, closed) => {
+            let cause = failed.or_else(|| closed.err().map(|error| format!("the last commit failed: {error}")));
+            Err(Failure::local(
+                "clone failed",
+                cause.unwrap_or_default(),
+                "check the disk; what was written since the last flush is uncertain",
+            ))
         }
     }
 }
 
-fn describe(clone: &Standalone) -> Value {
-    let failed = clone.failure();
-    match clone.status() {
-        Some(status) => json!({
-            "state": if failed.is_some() { "failed" } else if status.bytes_missing == 0 { "filled" } else { "filling" },
-            "bytes_total": status.bytes_total,
-            "bytes_filled": status.bytes_filled,
-            "bytes_written": status.bytes_written,
-            "bytes_discarded": status.bytes_discarded,
-            "bytes_missing": status.bytes_missing,
-            "bytes_fetched": status.bytes_fetched,
-            "rate_bytes_per_s": status.rate_bytes_per_s,
-            "origin": status.origin,
-            "failure": failed,
-        }),
-        None => json!({ "state": "whole", "bytes_missing": 0, "failure": failed }),
+fn facts(options: &StandaloneOptions, clone: &Standalone, control: &Path) -> Map<String, Value> {
+    let mut facts = Map::new();
+    if let Some(Address::Unix(path)) = clone.address() {
+        facts.insert("uri".to_owned(), format!("nbd+unix:///?socket={}", path.display()).into());
     }
-}
-
-fn status(control: &Path, output: Output) -> Result<Exit, Failure> {
-    let silent = |error: std::io::Error| {
-        Failure::local(
-            "clone not running",
-            format_args!("{}: {error}", control.display()),
-            "name the control socket of a running clone: its map's name with .sock added",
-        )
-    };
-    let mut stream = UnixStream::connect(control).map_err(silent)?;
-    stream.set_read_timeout(Some(PATIENCE)).map_err(silent)?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text).map_err(silent)?;
-    let value: Value = serde_json::from_str(&text)
-        .map_err(|error| Failure::local("answer not understood", error, "ask a decant of the same version"))?;
-    show(output, &value, |value| {
-        let size = |field: &str| value[field].as_u64().map(bytes).unwrap_or_default();
-        fields(&[
-            ("state", value["state"].as_str().unwrap_or_default().to_owned()),
-            ("origin", value["origin"].as_str().unwrap_or_default().to_owned()),
-            ("total", size("bytes_total")),
-            ("missing", size("bytes_missing")),
-            ("fetched", size("bytes_fetched")),
-            ("written here", size("bytes_written")),
-            ("failure", value["failure"].as_str().unwrap_or_default().to_owned()),
-        ])
-    });
-    Ok(Exit::Done)
+    if let Some(path) = &options.fuse {
+        facts.insert("file".to_owned(), path.display().to_string().into());
+    }
+    facts.insert("control".to_owned(), control.display().to_string().into());
+    facts
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn origins_read_as_uris() {
-        let tcp = |text: &str| Address::Tcp(text.parse().expect("an address"));
-        assert_eq!(parse_origin("nbd://127.0.0.1:10811/a").expect("valid"), (tcp("127.0.0.1:10811"), "a".to_owned()));
-        assert_eq!(parse_origin("nbd://[::1]").expect("valid"), (tcp("[::1]:10809"), String::new()));
-        let unix = Address::Unix("/tmp/s".into());
-        assert_eq!(parse_origin("nbd+unix:///x?socket=/tmp/s").expect("valid"), (unix, "x".to_owned()));
-        for text in ["", "nbd+unix:///x", "http://a/b", "/dev/sda"] {
-            assert_eq!(parse_origin(text).expect_err("invalid").exit, Exit::Usage, "{text}");
+    fn origin(text: &str) -> Result<(Address, String), Failure> {
+        match parse_origin(text, None)? {
+            Source::Nbd { address, export, .. } => Ok((address, export)),
+            Source::File(path) => panic!("{text} is the file {}", path.display()),
         }
+    }
+
+    #[test]
+    fn origins_read_as_uris_or_paths() {
+        let tcp = |text: &str| Address::Tcp(text.parse().expect("an address"));
+        assert_eq!(origin("nbd://127.0.0.1:10811/a").expect("valid"), (tcp("127.0.0.1:10811"), "a".to_owned()));
+        assert_eq!(origin("nbd://[::1]").expect("valid"), (tcp("[::1]:10809"), String::new()));
+        let unix = Address::Unix("/tmp/s".into());
+        assert_eq!(origin("nbd+unix:///x?socket=/tmp/s").expect("valid"), (unix, "x".to_owned()));
+        assert!(matches!(parse_origin("/dev/sda", None), Ok(Source::File(path)) if path == Path::new("/dev/sda")));
+        for text in ["", "nbd+unix:///x", "http://a/b", "nbds://127.0.0.1/a"] {
+            assert_eq!(origin(text).expect_err("invalid").exit, Exit::Usage, "{text}");
+        }
+    }
+
+    #[test]
+    fn rates_read_as_sizes() {
+        assert_eq!(parse_limit("none"), Ok(Limit(None)));
+        assert_eq!(parse_limit("1M/s"), parse_limit("1M"));
+        assert!(parse_limit("0").is_err() && parse_limit("fast").is_err());
     }
 }

@@ -54,20 +54,20 @@ pub(crate) struct ExportArgs {
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
     /// Secrets that an initiator proves, and the target if it is to: `username`, `password`, `username_in`, `password_in`.
-    #[arg(long, value_name = "FILE", requires = "iscsi")]
+    #[arg(long, value_name = "FILE", conflicts_with = "nbd")]
     chap: Option<PathBuf>,
     /// Take connections from this address only; repeatable.
-    #[arg(long, value_name = "IP", requires = "iscsi")]
+    #[arg(long, value_name = "IP", conflicts_with = "nbd")]
     allow: Vec<IpAddr>,
     /// Whether headers and data carry checksums.
-    #[arg(long, value_name = "never|allowed|required", requires = "iscsi", default_value = "allowed",
+    #[arg(long, value_name = "never|allowed|required", conflicts_with = "nbd", default_value = "allowed",
           value_parser = ["never", "allowed", "required"])]
     digests: String,
     /// Bytes of a logical block.
-    #[arg(long, value_name = "512|4096", requires = "iscsi", default_value = "512", value_parser = ["512", "4096"])]
+    #[arg(long, value_name = "512|4096", conflicts_with = "nbd", default_value = "512", value_parser = ["512", "4096"])]
     block_size: String,
     /// Mutual TLS: a directory with ca.pem, NAME.pem and NAME.key, or the three files. Clients show a certificate of that CA.
-    #[arg(long, value_name = "DIR|CA,CERT,KEY", requires = "nbd")]
+    #[arg(long, value_name = "DIR|CA,CERT,KEY", conflicts_with = "iscsi")]
     tls: Option<String>,
     /// The SHA-256 fingerprint that the client's certificate must have.
     #[arg(long, value_name = "HEX", requires = "tls")]

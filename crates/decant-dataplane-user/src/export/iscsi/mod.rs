@@ -103,8 +103,12 @@ impl IscsiServer {
             digests: device.digests(0, 0, &mut Vec::new()).is_some(),
         };
         let offer = Offer { header_digest: digests, data_digest: digests, ..Offer::default() };
-        // No addresses: SendTargets gives the one that the initiator came to, which also works through a NAT.
-        let config = Config { name, addresses: Vec::new(), portal_group: 1, access, offer, limits: Limits::default() };
+        // Where it listens on all addresses, SendTargets gives none: the initiator takes the one it came to.
+        let addresses = match &bound {
+            Address::Tcp(address) if !address.ip().is_unspecified() => vec![address.to_string()],
+            _ => Vec::new(),
+        };
+        let config = Config { name, addresses, portal_group: 1, access, offer, limits: Limits::default() };
         let doors = Arc::new(Doors::new("iscsi", &peers).map_err(ListenError::Start)?);
         let shared = Arc::new(Shared {
             device,
