@@ -28,7 +28,7 @@ use crate::device::{Exported, Origin, OriginSink};
 use crate::engine::{self, Cipher, Engine, Files, Mode, OpenError, VerifyError};
 use crate::export::claim::{Claim, ClaimError, claim};
 use crate::export::{Address, ListenError, Server};
-use crate::origin::{NotConnected, Options, Remote, Spec, Timing};
+use crate::origin::{NotConnected, Options, Remote, Timing};
 use crate::tls::ClientTls;
 use front::{FileFront, Front};
 use local::LocalOrigin;
