@@ -249,17 +249,13 @@ impl Standalone {
                 .map_err(|source| io("connect for", &options.destination, source))?;
             engine.set_origin(origin, &options.source.to_string());
         }
-        let clone = Self { engine, meta: options.meta.clone(), server: None, file: None };
-        let fronts = clone.with_fronts(options);
-        let clone = match fronts {
-            Ok(clone) => clone,
-            Err((clone, error)) => {
-                // No thread of it may touch the files that are being taken away.
-                clone.engine.drop_origin();
-                let _ = clone.engine.close();
-                return Err(error);
-            }
-        };
+        let mut clone = Self { engine, meta: options.meta.clone(), server: None, file: None };
+        if let Err(error) = clone.open_fronts(options) {
+            // No thread of it may touch the files that are being taken away.
+            clone.engine.drop_origin();
+            let _ = clone.engine.close();
+            return Err(error);
+        }
         if fresh {
             let mut live = ExtentSet::new();
             live.insert(0..clone.engine.shape().size().div_ceil(BLOCK));
@@ -273,21 +269,16 @@ impl Standalone {
     }
 
     /// Reads wait until the clone begins, so fronts may be there before it.
-    fn with_fronts(mut self, options: &StandaloneOptions) -> Result<Self, (Self, StandaloneError)> {
+    fn open_fronts(&mut self, options: &StandaloneOptions) -> Result<(), StandaloneError> {
         if let Some(address) = &options.serve {
             let device: Arc<dyn Exported> = Arc::new(Front { engine: self.engine.clone() });
-            match Server::listen(address, None, "", device) {
-                Ok(server) => self.server = Some(server),
-                Err(error) => return Err((self, error.into())),
-            }
+            self.server = Some(Server::listen(address, None, "", device)?);
         }
         if let Some(path) = &options.fuse {
-            match FileFront::mount(path, self.engine.clone()) {
-                Ok(file) => self.file = Some(file),
-                Err(error) => return Err((self, io("mount the clone at", path, error))),
-            }
+            let file = FileFront::mount(path, self.engine.clone());
+            self.file = Some(file.map_err(|error| io("mount the clone at", path, error))?);
         }
-        Ok(self)
+        Ok(())
     }
 
     /// How far it is; `None` once it is whole.
