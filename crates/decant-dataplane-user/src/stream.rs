@@ -270,6 +270,11 @@ impl Stream {
         Ok(())
     }
 
+    /// Plain output that waits for room, bytes.
+    pub(crate) fn pending_bytes(&self) -> usize {
+        self.pending.len() - self.pending_start
+    }
+
     /// Whether output waits for room.
     pub(crate) fn has_pending(&self) -> bool {
         self.pending_start < self.pending.len() || self.tls.as_ref().is_some_and(|tls| !tls.outgoing().is_empty())
@@ -443,6 +448,7 @@ impl Drop for Listener {
 }
 
 /// Bytes of which a given place is a multiple of 4096 in memory, as direct I/O wants it.
+#[derive(Debug)]
 pub(crate) struct Aligned {
     bytes: Vec<u8>,
     start: usize,

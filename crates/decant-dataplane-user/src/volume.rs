@@ -26,7 +26,7 @@ use crate::engine::{self, Engine, Files, Mode, OpenError, VerifyError};
 use crate::export::{self, Server};
 use crate::fuse::{Backend, Session};
 use crate::keys::SecretMemory;
-use crate::origin::{self, NbdOrigin};
+use crate::origin::{self, Remote};
 use crate::process;
 use crate::tls::{Fingerprint, Identity};
 
@@ -116,7 +116,7 @@ struct Volume {
     engine: Arc<Engine>,
     export: Mutex<Option<OpenExport>>,
     /// The origin that the engine was last given.
-    origin: Mutex<Option<(CloneWork, Arc<NbdOrigin>)>>,
+    origin: Mutex<Option<(CloneWork, Arc<Remote>)>>,
 }
 
 impl Volume {
@@ -224,7 +224,7 @@ impl Volume {
         // The old one first: its last word on its link must not come after the new one's first.
         self.engine.drop_origin();
         let options = origin::Options::for_clone(&clone.origin, tls, self.engine.shape().size());
-        let nbd = NbdOrigin::open(options, self.engine.clone()).map_err(|error| refused(&error))?;
+        let nbd = Remote::open(options, self.engine.clone()).map_err(|error| refused(&error))?;
         self.engine.set_origin(nbd.clone(), &clone.origin.address.to_string());
         *current = Some((clone, nbd));
         Ok(())

@@ -11,7 +11,7 @@ use decant_dataplane_user::device::ReadSink;
 use decant_dataplane_user::engine::{Engine, Files, Mode, Options, boot_id, open_image};
 use decant_dataplane_user::export::{Address, Server};
 use decant_dataplane_user::fuse::Served;
-use decant_dataplane_user::origin::{self, NbdOrigin, Timing};
+use decant_dataplane_user::origin::{self, Remote, Timing};
 use decant_luks2::{SectorCipher, VolumeKey};
 use rustix::io::Errno;
 
@@ -75,7 +75,7 @@ fn connect(engine: &Arc<Engine>, address: SocketAddr) {
         connections: 3,
         timing: Timing { backoff_max: Duration::from_millis(50), ..Timing::NETWORK },
     };
-    let origin = NbdOrigin::open(options, engine.clone()).unwrap();
+    let origin = Remote::open(options, engine.clone()).unwrap();
     engine.set_origin(origin, &address.to_string());
 }
 

@@ -1,4 +1,4 @@
-//! One connection to an origin: connect, haggle, ask, hand over, and again.
+//! One connection to an origin: connect, haggle or log in, ask, hand over, and again.
 
 mod desk;
 mod digests;
@@ -6,50 +6,23 @@ mod digests;
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::io::{self, IoSlice};
-use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-use decant_nbd::client::{Event, RequestError};
-use decant_nbd::{Backoff, Context, ErrorCode, ExportInfo, MAX_UNIT, TransmissionFlags, Violation};
+use decant_nbd::Backoff;
 use rustix::io::Errno;
 
-use super::Shared;
+use super::client::{BLOCK, Broken, Event, Terms};
+use super::remote::Shared;
 use crate::device::{OriginSink, Want};
 use crate::stream::{Aligned, Stream, Wait, now};
 use crate::tls::Session;
 pub(super) use desk::Slot;
-use desk::part;
 
-/// Reply headers, and small replies whole, are read this much at a time; larger payloads go straight to their buffer.
+/// Headers, and small answers whole, are read this much at a time; larger payloads go straight to their buffer.
 const INPUT: usize = 32 * 1024;
-const _: () = assert!(INPUT >= MAX_UNIT);
+const _: () = assert!(INPUT >= decant_nbd::MAX_UNIT && INPUT >= decant_iscsi::pdu::MAX_UNIT);
 /// Payload that is handed over at a time, at most.
 const DATA: usize = 1024 * 1024;
-/// The granularity of everything that is handed over.
-const BLOCK: u64 = 4096;
-
-/// Why a try or a session ended.
-#[derive(Debug, thiserror::Error)]
-enum Broken {
-    #[error("{0}")]
-    Io(#[from] io::Error),
-    #[error("{0}")]
-    Protocol(#[from] Violation),
-    #[error("TLS: {0}")]
-    Tls(#[from] rustls::Error),
-    #[error("no session within {} s", .0.as_secs_f32())]
-    Handshake(Duration),
-    #[error("not a byte for {} s while it owes an answer", .0.as_secs_f32())]
-    Silent(Duration),
-    #[error("the export has {found} bytes, but {expected} were agreed")]
-    WrongSize { found: u64, expected: u64 },
-    #[error("the server is shutting down")]
-    ShuttingDown,
-    #[error("the server refuses a request: {0}")]
-    Request(#[from] RequestError),
-    #[error("closed")]
-    Closed,
-}
 
 /// A lane's thread: what it alone needs, kept from connection to connection.
 struct Lane<'a> {
@@ -71,7 +44,7 @@ struct Lane<'a> {
 
 /// Lives until the origin is closed.
 pub(super) fn run(shared: &Shared, index: usize, sink: &dyn OriginSink) {
-    let timing = shared.options.timing;
+    let timing = shared.settings.timing;
     let Some(slot) = shared.slots.get(index) else { return };
     slot.own();
     let kick = &slot.kick;
@@ -91,7 +64,7 @@ pub(super) fn run(shared: &Shared, index: usize, sink: &dyn OriginSink) {
     };
     let mut backoff = Backoff::new(timing.backoff_first, timing.backoff_max);
     while !shared.is_closed() {
-        if index > 0 && !may_share(shared) {
+        if index > 0 && !shared.may_share() {
             kick.wait(None);
             kick.clear();
             continue;
@@ -110,12 +83,6 @@ pub(super) fn run(shared: &Shared, index: usize, sink: &dyn OriginSink) {
     }
 }
 
-/// Whether the server takes several connections; known once the first session is up.
-fn may_share(shared: &Shared) -> bool {
-    let link = shared.link.lock().unwrap_or_else(PoisonError::into_inner);
-    link.export.as_ref().is_some_and(|export| export.flags.has(TransmissionFlags::MULTI_CONN))
-}
-
 /// Spreads the tries of many lanes; the standard library's hash keys are random.
 fn random() -> u32 {
     let bytes = RandomState::new().hash_one(0u8).to_ne_bytes();
@@ -130,32 +97,33 @@ impl Lane<'_> {
         let shared = self.shared;
         (self.start, self.end, self.useful) = (0, 0, false);
         self.digests.clear();
-        let deadline = shared.deadline(shared.options.timing.handshake);
+        let deadline = shared.deadline(shared.settings.timing.handshake);
         let mut stream = self.connect(deadline)?;
-        self.slot.lock().core.handle_connect();
+        self.slot.lock().connect()?;
         self.haggle(&mut stream, deadline)?;
-        let Some(export) = self.slot.lock().core.export().cloned() else { return Err(Violation::Ended.into()) };
-        if let Some(expected) = shared.options.size
-            && expected != export.size
+        let Some(terms) = self.slot.lock().core.terms() else { return Err(Broken::Over) };
+        let (found, what) = (terms.found.size, shared.settings.what);
+        if let Some(expected) = shared.settings.size
+            && expected != found
         {
-            return Err(Broken::WrongSize { found: export.size, expected });
+            return Err(Broken::WrongSize { what, found, expected });
         }
         *was_up = true;
-        self.slot.lock().open(stream, export.clone());
-        shared.session_up(&export, self.sink);
+        self.slot.lock().open(stream, terms.clone());
+        shared.session_up(&terms, self.sink);
         self.kick_lanes(shared.pool.up(self.index));
-        if self.index == 0 && export.flags.has(TransmissionFlags::MULTI_CONN) {
+        if self.index == 0 && terms.several {
             shared.slots.iter().skip(1).for_each(|slot| slot.kick.kick());
         }
         let since = now();
-        let result = self.transmit(&export);
+        let result = self.transmit(&terms);
         if let Err(Broken::Closed) = result {
             // Leave politely, if that takes no waiting.
             let desk = &mut *self.slot.lock();
-            desk.core.disconnect(&mut desk.out);
+            desk.core.leave(now(), &mut desk.out);
             let _ = desk.send();
         }
-        self.useful |= now().saturating_duration_since(since) >= shared.options.timing.backoff_max;
+        self.useful |= now().saturating_duration_since(since) >= shared.settings.timing.backoff_max;
         result
     }
 
@@ -179,7 +147,7 @@ impl Lane<'_> {
     }
 
     fn connect(&self, deadline: Option<Instant>) -> Result<Stream, Broken> {
-        let stream = Stream::connect(&self.shared.options.address)?;
+        let stream = Stream::connect(&self.shared.settings.address)?;
         loop {
             let kicked = stream.wait(Wait::Write, &self.slot.kick, deadline)?;
             if self.shared.is_closed() {
@@ -196,7 +164,7 @@ impl Lane<'_> {
 
     fn check_handshake(&self, deadline: Option<Instant>) -> Result<(), Broken> {
         if deadline.is_some_and(|deadline| now() >= deadline) {
-            return Err(Broken::Handshake(self.shared.options.timing.handshake));
+            return Err(Broken::Handshake(self.shared.settings.timing.handshake));
         }
         Ok(())
     }
@@ -210,7 +178,7 @@ impl Lane<'_> {
             match event {
                 Some(Event::Ready) => return Ok(()),
                 Some(Event::StartTls) => self.start_tls(stream, deadline)?,
-                Some(_) => return Err(Violation::Ended.into()),
+                Some(_) => return Err(Broken::Over),
                 None => {
                     self.refill();
                     self.hear(stream, deadline)?;
@@ -232,6 +200,8 @@ impl Lane<'_> {
     /// Waits for input during the handshake.
     fn hear(&mut self, stream: &mut Stream, deadline: Option<Instant>) -> Result<(), Broken> {
         loop {
+            let tick = self.slot.lock().tick()?;
+            self.say(stream)?;
             match stream.read(&mut self.input[self.end..]) {
                 Ok(count) => {
                     self.end += count;
@@ -242,21 +212,21 @@ impl Lane<'_> {
             }
             self.check_handshake(deadline)?;
             let want = if stream.has_pending() { Wait::ReadWrite } else { Wait::Read };
-            self.wait(stream, want, deadline)?;
+            self.wait(stream, want, [deadline, tick].into_iter().flatten().min())?;
             stream.flush()?;
         }
     }
 
     fn start_tls(&mut self, stream: &mut Stream, deadline: Option<Instant>) -> Result<(), Broken> {
         if self.start < self.end {
-            return Err(Violation::PlaintextAfterStartTls.into());
+            return Err(Broken::PlaintextAfterStartTls);
         }
-        let Some(tls) = &self.shared.options.tls else { return Err(Violation::Ended.into()) };
+        let Some(tls) = &self.shared.settings.tls else { return Err(Broken::Over) };
         stream.start_tls(Session::client(tls)?);
         while !stream.is_secured() {
             // Drives the TLS handshake; no data can come before it is over and we asked for some.
             match stream.read(&mut self.input[..1]) {
-                Ok(_) => return Err(Violation::Malformed("TLS handshake: data before it was asked for").into()),
+                Ok(_) => return Err(Broken::EarlyData),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(error.into()),
             }
@@ -267,7 +237,7 @@ impl Lane<'_> {
             }
         }
         let desk = &mut *self.slot.lock();
-        desk.core.handle_tls_started(&mut desk.out);
+        desk.core.handle_tls_started(&mut desk.out)?;
         stream.send(&[IoSlice::new(&desk.out)])?;
         desk.out.clear();
         Ok(())
@@ -281,13 +251,21 @@ impl Lane<'_> {
     }
 
     /// Requests out, answers in, until something breaks.
-    fn transmit(&mut self, export: &ExportInfo) -> Result<Never, Broken> {
+    fn transmit(&mut self, terms: &Terms) -> Result<Never, Broken> {
         loop {
-            self.handle_answers(export)?;
+            self.handle_answers(terms)?;
             while self.ask()? {}
             self.refill();
-            let count = self.slot.lock().read(&mut self.input[self.end..])?;
-            self.end += count;
+            let (count, landed) = {
+                let mut desk = self.slot.lock();
+                if desk.core.has_events() {
+                    continue;
+                }
+                desk.receive(&mut self.input[self.end..], self.end == 0)?
+            };
+            if !landed {
+                self.end += count;
+            }
             if count == 0 {
                 self.await_peer()?;
             }
@@ -324,41 +302,46 @@ impl Lane<'_> {
         };
         if let Err(Broken::Silent(silence)) = patience {
             // The next one may be longer.
-            self.silence = (silence * 2).min(self.shared.options.timing.silence_max).max(silence);
+            self.silence = (silence * 2).min(self.shared.settings.timing.silence_max).max(silence);
         }
-        let (Some(socket), (want, deadline)) = (socket, patience?) else { return Err(Violation::Ended.into()) };
+        let (Some(socket), (want, deadline)) = (socket, patience?) else { return Err(Broken::Over) };
         socket.wait(want, &self.slot.kick, Some(deadline))?;
         if self.shared.is_closed() { Err(Broken::Closed) } else { Ok(()) }
     }
 
     /// Deals with what was read, and with payloads that follow.
-    fn handle_answers(&mut self, export: &ExportInfo) -> Result<(), Broken> {
+    fn handle_answers(&mut self, terms: &Terms) -> Result<(), Broken> {
         loop {
             let (consumed, event) = self.slot.lock().step(&self.input[self.start..self.end])?;
             self.start += consumed;
             let Some(event) = event else { return Ok(()) };
             match event {
-                Event::Data { tag, offset, length } => self.handle_data(tag as usize, offset, length, export)?,
+                Event::Data { tag, offset, length } => self.handle_data(tag, offset, length, terms)?,
+                Event::Held { tag, offset, buffer } => {
+                    let length = buffer.as_ref().len() as u64;
+                    if let (token, true) = self.piece(tag, offset, length, terms)? {
+                        self.sink.handle_data(token, offset, buffer.as_ref());
+                    }
+                    self.slot.lock().core.recycle(buffer);
+                }
                 Event::Hole { tag, offset, length } => {
-                    if let (token, true) = self.piece(tag as usize, offset, length, export)? {
-                        self.sink.handle_hole(token, offset, length.into());
+                    if let (token, true) = self.piece(tag, offset, length, terms)? {
+                        self.sink.handle_hole(token, offset, length);
                     }
                 }
-                Event::Extent { tag, context: Context::Digests, offset, length, flags } => {
-                    self.handle_digest(tag as usize, offset, length, flags)?;
-                }
-                Event::Extent { .. } => {}
-                Event::Done { tag, result } => self.handle_done(tag as usize, result, export)?,
-                _ => return Err(Violation::Ended.into()),
+                Event::Digest { tag, offset, length, crc32c } => self.handle_digest(tag, offset, length, crc32c)?,
+                Event::Done { tag, result } => self.handle_done(tag, result, terms)?,
+                Event::Nothing => {}
+                Event::Ready | Event::StartTls => return Err(Broken::Over),
             }
         }
     }
 
     /// Whose piece it is, and whether it is whole blocks. If not, it is dropped, and this part of the job is asked for again in
     /// one piece.
-    fn piece(&self, tag: usize, offset: u64, length: u32, export: &ExportInfo) -> Result<(u64, bool), Broken> {
-        let end = offset + u64::from(length);
-        let whole = offset.is_multiple_of(BLOCK) && (end.is_multiple_of(BLOCK) || end == export.size);
+    fn piece(&self, tag: usize, offset: u64, length: u64, terms: &Terms) -> Result<(u64, bool), Broken> {
+        let end = offset + length;
+        let whole = offset.is_multiple_of(BLOCK) && (end.is_multiple_of(BLOCK) || end == terms.found.size);
         let mut desk = self.slot.lock();
         let job = desk.job(tag)?;
         job.cut |= !whole;
@@ -366,8 +349,8 @@ impl Lane<'_> {
     }
 
     /// A payload: from the input buffer what is there, then straight from the socket.
-    fn handle_data(&mut self, tag: usize, offset: u64, length: u32, export: &ExportInfo) -> Result<(), Broken> {
-        let (token, whole) = self.piece(tag, offset, length, export)?;
+    fn handle_data(&mut self, tag: usize, offset: u64, length: u32, terms: &Terms) -> Result<(), Broken> {
+        let (token, whole) = self.piece(tag, offset, length.into(), terms)?;
         let mut done = 0u64;
         while done < u64::from(length) {
             let count = (u64::from(length) - done).min(DATA as u64) as usize;
@@ -392,21 +375,20 @@ impl Lane<'_> {
         Ok(())
     }
 
-    fn handle_done(&mut self, tag: usize, result: Result<(), ErrorCode>, export: &ExportInfo) -> Result<(), Broken> {
+    fn handle_done(&mut self, tag: usize, result: Result<(), Errno>, terms: &Terms) -> Result<(), Broken> {
         self.useful = true;
-        self.silence = self.shared.options.timing.silence;
+        self.silence = self.shared.settings.timing.silence;
         self.hand_over_digests()?;
         let mut desk = self.slot.lock();
         let mut job = *desk.job(tag)?;
         let result = match result {
-            Err(ErrorCode::Shutdown) => return Err(Broken::ShuttingDown),
-            Err(error) => Err(errno(error)),
-            Ok(()) if job.cut && (job.unfragmented || !export.flags.has(TransmissionFlags::DF)) => Err(Errno::IO),
+            Err(errno) => Err(errno),
+            Ok(()) if job.cut && (job.unfragmented || !terms.unfragmented) => Err(Errno::IO),
             Ok(()) => {
                 if job.cut {
                     job.unfragmented = true;
                 } else if job.fetch.want == Want::Data {
-                    job.next += u64::from(part(&job, export));
+                    job.next += u64::from(terms.part(&job));
                 }
                 if job.left() > 0 {
                     return desk.ask_next(tag, job);
@@ -419,18 +401,5 @@ impl Lane<'_> {
         self.shared.pool.answered(self.index, &job);
         self.shared.done(&job.fetch, result, self.sink);
         Ok(())
-    }
-}
-
-fn errno(error: ErrorCode) -> Errno {
-    match error {
-        ErrorCode::Permission => Errno::PERM,
-        ErrorCode::Io => Errno::IO,
-        ErrorCode::NoMemory => Errno::NOMEM,
-        ErrorCode::Invalid => Errno::INVAL,
-        ErrorCode::NoSpace => Errno::NOSPC,
-        ErrorCode::Overflow => Errno::OVERFLOW,
-        ErrorCode::NotSupported => Errno::OPNOTSUPP,
-        ErrorCode::Shutdown => Errno::SHUTDOWN,
     }
 }

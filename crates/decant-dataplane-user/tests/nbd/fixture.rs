@@ -12,7 +12,7 @@ use decant_dataplane_user::device::{
     Exported, Fetch, Later, Origin as _, OriginSink, ReadSink, Served as Have, Status, Want,
 };
 use decant_dataplane_user::export::{Address, Server};
-use decant_dataplane_user::origin::{NbdOrigin, Options, Timing};
+use decant_dataplane_user::origin::{Options, Remote, Spec, Timing};
 use decant_dataplane_user::tls::{Fingerprint, Identity, Paths};
 use rustix::io::Errno;
 
@@ -206,7 +206,7 @@ impl Recorder {
         self.changed.notify_all();
     }
 
-    pub(crate) fn close(&self, origin: &NbdOrigin) {
+    pub(crate) fn close(&self, origin: &Remote) {
         origin.close();
         self.closed.store(true, Ordering::SeqCst);
     }
@@ -289,9 +289,9 @@ pub(crate) fn options(address: &Address, export: &str) -> Options {
     }
 }
 
-pub(crate) fn open(options: Options) -> (Arc<NbdOrigin>, Arc<Recorder>) {
+pub(crate) fn open(options: impl Into<Spec>) -> (Arc<Remote>, Arc<Recorder>) {
     let recorder = Arc::new(Recorder::default());
-    (NbdOrigin::open(options, recorder.clone()).unwrap(), recorder)
+    (Remote::open(options, recorder.clone()).unwrap(), recorder)
 }
 
 /// A server of ours on a Unix socket in a directory of its own.

@@ -5,18 +5,16 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
-use decant_nbd::client::{Client, Config, Event, Goal};
-use decant_nbd::{Command, Contexts, ExportInfo, Violation};
 use rustix::io::Errno;
 
-use super::super::Options;
-use super::super::pool::{Job, Pool};
-use super::{BLOCK, Broken};
 use crate::device::Want;
+use crate::origin::client::{Ask, Broken, Client, Event, Terms};
+use crate::origin::pool::{Job, Pool};
 use crate::stream::{Kick, Stream, Wait, now};
 
-/// Most requests that one connection owes answers to. Bytes are bounded by whoever asks.
-const MAX_OUTSTANDING: usize = 1024;
+/// Output that may wait for room in the socket: more than all requests of a session. A peer that makes us say more, and reads none
+/// of it, is not one to wait for.
+const MAX_PENDING: usize = 1024 * 1024;
 
 /// A lane as everybody sees it: its desk, behind a lock that is held for moments only, never while anybody waits or works on
 /// data; and the means to wake its thread.
@@ -28,8 +26,8 @@ pub(in crate::origin) struct Slot {
 }
 
 impl Slot {
-    pub(in crate::origin) fn new(options: &Options) -> io::Result<Self> {
-        Ok(Self { kick: Kick::new()?, desk: Mutex::new(Desk::new(options)), owner: OnceLock::new() })
+    pub(in crate::origin) fn new(core: Box<dyn Client>) -> io::Result<Self> {
+        Ok(Self { kick: Kick::new()?, desk: Mutex::new(Desk::new(core)), owner: OnceLock::new() })
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Desk> {
@@ -52,9 +50,9 @@ impl Slot {
 
 /// The connection and what it owes.
 pub(super) struct Desk {
-    pub(super) core: Client,
+    pub(super) core: Box<dyn Client>,
     /// While requests may go out.
-    pub(super) session: Option<(Stream, ExportInfo)>,
+    pub(super) session: Option<(Stream, Terms)>,
     /// What broke the session while a request was put on the wire, for the thread to find.
     pub(super) broken: Option<Broken>,
     /// Jobs in progress, by tag; `free` holds the empty places.
@@ -63,29 +61,27 @@ pub(super) struct Desk {
     /// Jobs that this export cannot answer.
     pub(super) refused: Vec<(Job, Errno)>,
     pub(super) out: Vec<u8>,
-    /// Bytes received when the peer was last heard, and when that was; or when it began to owe an answer, if that was later.
+    /// What the core had heard when the peer was last heard, and when that was; or when it began to owe an answer, if that was later.
     heard: (u64, Instant),
 }
 
 impl Desk {
-    fn new(options: &Options) -> Self {
-        let config = Config {
-            goal: Goal::Transmission,
-            export: options.export.clone(),
-            tls: options.tls.is_some(),
-            contexts: Contexts { allocation: false, digests: options.digests },
-            max_outstanding: MAX_OUTSTANDING,
-        };
+    fn new(core: Box<dyn Client>) -> Self {
         Self {
-            core: Client::new(config),
+            core,
             session: None,
             broken: None,
-            jobs: Vec::with_capacity(MAX_OUTSTANDING),
-            free: Vec::with_capacity(MAX_OUTSTANDING),
+            jobs: Vec::new(),
+            free: Vec::new(),
             refused: Vec::new(),
             out: Vec::new(),
             heard: (0, now()),
         }
+    }
+
+    /// A connection is there.
+    pub(super) fn connect(&mut self) -> Result<(), Broken> {
+        self.core.handle_connect(now(), &mut self.out)
     }
 
     /// Puts what the queue holds on the wire; false if the lane's thread must see to the rest.
@@ -95,7 +91,8 @@ impl Desk {
         }
         self.broken = self.ask(pool, index).err();
         let pending = self.session.as_ref().is_some_and(|(stream, _)| stream.has_pending());
-        self.broken.is_none() && self.refused.is_empty() && !pending && self.core.outstanding() < MAX_OUTSTANDING
+        let idle = self.refused.is_empty() && !self.core.has_events();
+        self.broken.is_none() && idle && !pending && self.core.has_room()
     }
 
     /// Asks for the lane's jobs.
@@ -103,11 +100,12 @@ impl Desk {
         if self.core.outstanding() == 0 {
             self.heard.1 = now();
         }
-        while self.core.outstanding() < MAX_OUTSTANDING {
+        while self.core.has_room() {
             let Some(job) = pool.take(index) else { break };
-            let Some((_, export)) = &self.session else { return Err(Violation::Ended.into()) };
-            let outside = job.fetch.offset.checked_add(job.fetch.length.into()).is_none_or(|end| end > export.size);
-            let impossible = job.fetch.want == Want::Digests && !self.core.contexts().digests;
+            let Some((_, terms)) = &self.session else { return Err(Broken::Over) };
+            let found = &terms.found;
+            let outside = job.fetch.offset.checked_add(job.fetch.length.into()).is_none_or(|end| end > found.size);
+            let impossible = job.fetch.want == Want::Digests && !found.digests;
             if outside || impossible {
                 self.refused.push((job, if outside { Errno::INVAL } else { Errno::OPNOTSUPP }));
                 continue;
@@ -126,15 +124,12 @@ impl Desk {
 
     /// Asks for the job's next part; [`Desk::send`] puts it on the wire.
     pub(super) fn ask_next(&mut self, tag: usize, mut job: Job) -> Result<(), Broken> {
-        let Some((_, export)) = &self.session else { return Err(Violation::Ended.into()) };
-        let length = part(&job, export);
+        let Some((_, terms)) = &self.session else { return Err(Broken::Over) };
         job.cut = false;
+        let Job { fetch, next: offset, unfragmented, .. } = job;
+        let ask = Ask { want: fetch.want, offset, length: terms.part(&job), unfragmented, urgent: fetch.urgent };
         self.jobs[tag] = Some(job);
-        let command = match job.fetch.want {
-            Want::Data => Command::Read { unfragmented: job.unfragmented },
-            Want::Digests => Command::BlockStatus { one: false },
-        };
-        Ok(self.core.request(tag as u64, command, job.next, length, &mut self.out)?)
+        self.core.ask(tag, &ask, now(), &mut self.out)
     }
 
     /// Sends what was written; what the socket does not take waits in the stream.
@@ -144,27 +139,48 @@ impl Desk {
         {
             stream.send(&[IoSlice::new(&self.out)])?;
             self.out.clear();
+            if stream.pending_bytes() > MAX_PENDING {
+                return Err(Broken::Deaf);
+            }
         }
         Ok(())
     }
 
+    /// Time passes; until when that is enough.
+    pub(super) fn tick(&mut self) -> Result<Option<Instant>, Broken> {
+        let next = self.core.handle_tick(now(), &mut self.out)?;
+        self.send()?;
+        Ok(next)
+    }
+
     /// What the core makes of `input`, and how much of it.
     pub(super) fn step(&mut self, input: &[u8]) -> Result<(usize, Option<Event>), Broken> {
-        let step = self.core.handle_input(input, &mut self.out)?;
-        Ok((step.consumed, step.event))
+        self.core.handle_input(now(), input, &mut self.out)
+    }
+
+    /// Reads what there is: to where it belongs, if `input` is empty and that is known, else into it. How much, and whether
+    /// it was the former.
+    pub(super) fn receive(&mut self, input: &mut [u8], empty: bool) -> Result<(usize, bool), Broken> {
+        let Some((stream, _)) = &mut self.session else { return Err(Broken::Over) };
+        let Some(room) = self.core.landing().filter(|_| empty) else { return Ok((self.read(input)?, false)) };
+        match stream.read(room) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok((0, true)),
+            Ok(count) => self.core.handle_landed(count).map(|()| (count, true)),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Reads what there is; 0 if nothing.
     pub(super) fn read(&mut self, into: &mut [u8]) -> Result<usize, Broken> {
-        let Some((stream, _)) = &mut self.session else { return Err(Violation::Ended.into()) };
+        let Some((stream, _)) = &mut self.session else { return Err(Broken::Over) };
         match stream.read(into) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
             result => Ok(result?),
         }
     }
 
-    pub(super) fn job(&mut self, tag: usize) -> Result<&mut Job, Violation> {
-        self.jobs.get_mut(tag).and_then(Option::as_mut).ok_or(Violation::UnknownCookie(tag as u64))
+    pub(super) fn job(&mut self, tag: usize) -> Result<&mut Job, Broken> {
+        self.jobs.get_mut(tag).and_then(Option::as_mut).ok_or(Broken::Unasked)
     }
 
     /// The job of `tag` is over.
@@ -176,23 +192,26 @@ impl Desk {
     /// What to wait for, and until when: no longer than a live peer would take. If none is owed, somebody may ask meanwhile
     /// without waking the thread, which looks again within the same time.
     pub(super) fn patience(&mut self, silence: Duration) -> Result<(Wait, Instant), Broken> {
+        let tick = self.tick()?;
         let owes = self.core.outstanding() > 0;
-        let Some((stream, _)) = &mut self.session else { return Err(Violation::Ended.into()) };
+        let Some((stream, _)) = &mut self.session else { return Err(Broken::Over) };
         stream.flush()?;
-        if !owes || self.heard.0 != stream.bytes_received() {
-            self.heard = (stream.bytes_received(), now());
+        let heard = self.core.heard(stream.bytes_received());
+        if !owes || self.heard.0 != heard {
+            self.heard = (heard, now());
         }
         let deadline = self.heard.1 + silence;
         if now() >= deadline {
             return Err(Broken::Silent(silence));
         }
+        let deadline = tick.unwrap_or(deadline).min(deadline);
         Ok((if stream.has_pending() { Wait::ReadWrite } else { Wait::Read }, deadline))
     }
 
     /// A session begins.
-    pub(super) fn open(&mut self, stream: Stream, export: ExportInfo) {
-        self.heard = (stream.bytes_received(), now());
-        self.session = Some((stream, export));
+    pub(super) fn open(&mut self, stream: Stream, terms: Terms) {
+        self.heard = (self.core.heard(stream.bytes_received()), now());
+        self.session = Some((stream, terms));
     }
 
     /// The session is over: gives back what it owed.
@@ -201,14 +220,7 @@ impl Desk {
         self.broken = None;
         self.out.clear();
         self.core.handle_disconnect();
-        while self.core.poll_lost().is_some() {}
         self.free.clear();
         self.jobs.drain(..).flatten().chain(self.refused.drain(..).map(|(job, _)| job)).collect()
     }
-}
-
-/// Bytes to ask for next: all of the job, unless the server takes less at a time.
-pub(super) fn part(job: &Job, export: &ExportInfo) -> u32 {
-    let most = export.blocks.maximum.min(decant_nbd::MAX_PAYLOAD).max(BLOCK as u32) / BLOCK as u32 * BLOCK as u32;
-    u32::try_from(job.left()).unwrap_or(most).min(most)
 }

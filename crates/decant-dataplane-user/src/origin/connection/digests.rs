@@ -1,8 +1,7 @@
 //! Digests on their way from descriptors to the sink.
 
-use decant_nbd::Violation;
-
-use super::{BLOCK, Broken, Lane};
+use super::Lane;
+use crate::origin::client::{BLOCK, Broken};
 
 impl Lane<'_> {
     /// Digests come one block at a time and are handed over together.
@@ -10,7 +9,7 @@ impl Lane<'_> {
         let fetch = self.slot.lock().job(tag)?.fetch;
         let end = fetch.offset + u64::from(fetch.length);
         if !offset.is_multiple_of(BLOCK) || offset + u64::from(length) != (offset + BLOCK).min(end) {
-            return Err(Violation::Malformed("digest: not of one block").into());
+            return Err(Broken::OddDigest);
         }
         if self.digests_of.0 != tag {
             self.hand_over_digests()?;

@@ -1,0 +1,253 @@
+//! The connections to one origin, whatever they speak.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::{self, JoinHandle, ThreadId};
+use std::time::Duration;
+
+use super::client::{Client, Found, Terms};
+use super::connection::{self, Slot};
+use super::pool::{Job, Pool};
+use super::{Address, IscsiOptions, Options, Timing, iscsi, nbd};
+use crate::device::{Fetch, Origin, OriginSink};
+use crate::stream::now;
+use crate::tls::ClientTls;
+
+/// What the connections have in common, beside their protocol.
+pub(super) struct Settings {
+    /// For names of threads.
+    pub(super) protocol: &'static str,
+    pub(super) address: Address,
+    pub(super) tls: Option<ClientTls>,
+    /// The export's or the target's.
+    pub(super) name: String,
+    /// The size that it must have; another is refused.
+    pub(super) size: Option<u64>,
+    /// What that is, for messages.
+    pub(super) what: &'static str,
+    /// How many, 1..=8.
+    pub(super) connections: usize,
+    pub(super) timing: Timing,
+}
+
+/// Why there is no session, told to whoever waits for the first one.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("no session with the origin {address}: {detail}")]
+pub struct NotConnected {
+    /// Of the origin.
+    pub address: String,
+    /// The last try's error.
+    pub detail: String,
+}
+
+/// What to connect to.
+#[derive(Clone)]
+pub enum Spec {
+    /// An NBD export.
+    Nbd(Options),
+    /// A disk over iSCSI.
+    Iscsi(IscsiOptions),
+}
+
+impl From<Options> for Spec {
+    fn from(options: Options) -> Self {
+        Self::Nbd(options)
+    }
+}
+
+impl From<IscsiOptions> for Spec {
+    fn from(options: IscsiOptions) -> Self {
+        Self::Iscsi(options)
+    }
+}
+
+/// What the connections have come to.
+#[derive(Debug, Clone, Default)]
+struct Link {
+    up: usize,
+    terms: Option<Terms>,
+    detail: String,
+}
+
+pub(super) struct Shared {
+    pub(super) settings: Settings,
+    pub(super) pool: Pool,
+    pub(super) slots: Vec<Slot>,
+    closed: AtomicBool,
+    in_flight: AtomicU64,
+    sessions: AtomicU64,
+    link: Mutex<Link>,
+    changed: Condvar,
+}
+
+/// Connections to one origin. Dropping it closes them.
+pub struct Remote {
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<(ThreadId, JoinHandle<()>)>>,
+}
+
+impl Remote {
+    /// Starts connecting; never waits for the network. Answers go to `sink`, which is let go of when the origin is closed.
+    ///
+    /// # Errors
+    /// No descriptors, threads or random numbers left.
+    pub fn open(spec: impl Into<Spec>, sink: Arc<dyn OriginSink>) -> io::Result<Arc<Self>> {
+        match spec.into() {
+            Spec::Nbd(options) => {
+                let (settings, make) = nbd::parts(options);
+                Self::start(settings, sink, &make)
+            }
+            Spec::Iscsi(options) => {
+                let (settings, make) = iscsi::parts(options)?;
+                Self::start(settings, sink, &make)
+            }
+        }
+    }
+
+    fn start(
+        settings: Settings,
+        sink: Arc<dyn OriginSink>,
+        make: &dyn Fn(usize) -> Box<dyn Client>,
+    ) -> io::Result<Arc<Self>> {
+        let lanes = settings.connections.clamp(1, 8);
+        let slots = (0..lanes).map(|lane| Slot::new(make(lane))).collect::<io::Result<Vec<_>>>()?;
+        let protocol = settings.protocol;
+        let shared = Arc::new(Shared {
+            settings,
+            pool: Pool::new(lanes),
+            slots,
+            closed: AtomicBool::new(false),
+            in_flight: AtomicU64::new(0),
+            sessions: AtomicU64::new(0),
+            link: Mutex::new(Link::default()),
+            changed: Condvar::new(),
+        });
+        let origin = Arc::new(Self { shared: shared.clone(), threads: Mutex::new(Vec::new()) });
+        for lane in 0..lanes {
+            let (shared, sink) = (shared.clone(), sink.clone());
+            let thread = thread::Builder::new()
+                .name(format!("{protocol}-origin-{lane}"))
+                .spawn(move || connection::run(&shared, lane, &*sink))?;
+            origin.lock_threads().push((thread.thread().id(), thread));
+        }
+        Ok(origin)
+    }
+
+    /// Waits for the first session.
+    ///
+    /// # Errors
+    /// There was none in time; tries go on nevertheless until the origin is closed.
+    pub fn wait_connected(&self, timeout: Duration) -> Result<Found, NotConnected> {
+        let shared = &self.shared;
+        let link = shared.link.lock().unwrap_or_else(PoisonError::into_inner);
+        let waiting = |link: &mut Link| link.up == 0 && !shared.is_closed();
+        let (link, _) =
+            shared.changed.wait_timeout_while(link, timeout, waiting).unwrap_or_else(PoisonError::into_inner);
+        match &link.terms {
+            Some(terms) if link.up > 0 => Ok(terms.found.clone()),
+            _ => Err(NotConnected { address: shared.settings.address.to_string(), detail: link.detail.clone() }),
+        }
+    }
+
+    /// Sessions that were made so far, all connections together; more than there are connections means that some broke.
+    pub fn sessions(&self) -> u64 {
+        self.shared.sessions.load(Ordering::Relaxed)
+    }
+
+    fn lock_threads(&self) -> std::sync::MutexGuard<'_, Vec<(ThreadId, JoinHandle<()>)>> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Origin for Remote {
+    fn request(&self, fetch: Fetch) {
+        if self.shared.is_closed() || fetch.length == 0 {
+            return;
+        }
+        self.shared.in_flight.fetch_add(fetch.length.into(), Ordering::Relaxed);
+        let lane = self.shared.pool.submit(Job::new(fetch));
+        if let Some((index, slot)) = lane.and_then(|lane| Some((lane, self.shared.slots.get(lane)?))) {
+            slot.post(&self.shared.pool, index);
+        }
+    }
+
+    fn in_flight(&self) -> u64 {
+        self.shared.in_flight.load(Ordering::Relaxed)
+    }
+
+    fn close(&self) {
+        self.shared.closed.store(true, Ordering::Release);
+        self.shared.slots.iter().for_each(|slot| slot.kick.kick());
+        self.shared.changed.notify_all();
+        let threads = std::mem::take(&mut *self.lock_threads());
+        for (id, thread) in threads {
+            // The last reference may be dropped by the sink, on one of these threads, which then ends on its own.
+            if id != thread::current().id() {
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+impl Drop for Remote {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl Shared {
+    /// Whether further lanes may connect; known once the first session is up.
+    pub(super) fn may_share(&self) -> bool {
+        let link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
+        link.terms.as_ref().is_some_and(|terms| terms.several)
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    /// A session is up.
+    pub(super) fn session_up(&self, terms: &Terms, sink: &dyn OriginSink) {
+        self.sessions.fetch_add(1, Ordering::Relaxed);
+        let mut link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
+        link.up += 1;
+        link.terms = Some(terms.clone());
+        let first = link.up == 1;
+        link.detail = format!("connected to {}", self.settings.address);
+        let detail = link.detail.clone();
+        drop(link);
+        self.changed.notify_all();
+        if first {
+            sink.handle_link(true, &detail);
+        }
+    }
+
+    /// A try failed, or a session (`was_up`) broke. The sink is told of the last session's end and of each new reason why there
+    /// is none.
+    pub(super) fn session_down(&self, was_up: bool, reason: &str, sink: &dyn OriginSink) {
+        let mut link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
+        link.up -= usize::from(was_up);
+        if link.up > 0 {
+            return;
+        }
+        let news = was_up || link.detail != reason;
+        link.detail = reason.to_owned();
+        drop(link);
+        self.changed.notify_all();
+        if news && !self.is_closed() {
+            tracing::warn!(origin = %self.settings.address, name = self.settings.name, reason, "no session with the origin");
+            sink.handle_link(false, reason);
+        }
+    }
+
+    /// A request is answered.
+    pub(super) fn done(&self, fetch: &Fetch, result: Result<(), rustix::io::Errno>, sink: &dyn OriginSink) {
+        self.in_flight.fetch_sub(fetch.length.into(), Ordering::Relaxed);
+        sink.handle_done(fetch.token, result);
+    }
+
+    pub(super) fn deadline(&self, wait: Duration) -> Option<std::time::Instant> {
+        now().checked_add(wait)
+    }
+}
