@@ -17,12 +17,14 @@ const SIZE: usize = 16 << 20;
 const NAME: &str = "iqn.2026-11.dev.decant:test";
 const PATIENCE: Duration = Duration::from_secs(20);
 
+type ParkedRead = (u64, usize, Box<dyn ReadSink>);
+
 struct Disk {
     bytes: Mutex<Vec<u8>>,
     ready: AtomicBool,
     /// Reads from here on are parked.
     parked_from: AtomicU64,
-    parked: Mutex<Vec<(u64, usize, Box<dyn ReadSink>)>>,
+    parked: Mutex<Vec<ParkedRead>>,
 }
 
 impl Disk {

@@ -3,7 +3,7 @@
 mod tool;
 
 use std::fs::File;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Output;
 
@@ -170,6 +170,34 @@ fn a_clone_over_tls_of_an_export_over_tls() {
     let refused = decant(&words).output().expect("decant runs");
     assert!(refused.status.code() == Some(1) && text(&refused).contains("fingerprint"), "{}", text(&refused));
     assert!(!place.path("dest2").exists() && !place.path("map2").exists());
+}
+
+#[test]
+fn a_clone_of_a_disk_over_iscsi_that_asks_for_a_secret() {
+    let place = Place::new();
+    let origin = patterned(place.directory.path(), "origin", 8 * MIB);
+    File::options().write(true).open(&origin).expect("a file").set_len(24 * MIB).expect("a hole");
+    std::fs::write(
+        place.path("chap"),
+        "username=u\npassword=twelve bytes of it\nusername_in=t\npassword_in=and twelve of its own",
+    )
+    .expect("a file");
+    std::fs::set_permissions(place.path("chap"), PermissionsExt::from_mode(0o600)).expect("its owner's");
+    let chap = place.at("chap");
+    let export =
+        Tool::start(&["export", &place.at("origin"), "--iscsi", "127.0.0.1:0", "--chap", &chap, "--read-only"]);
+    let uri = export.fact("uri");
+    let (dest, map, serve) = (place.at("dest"), place.at("map"), place.serve());
+    let refused = decant(&["clone", &uri, &dest, "--meta", &map, "--serve", &serve]).output().expect("decant runs");
+    assert!(refused.status.code() == Some(1) && !place.path("dest").exists(), "{}", text(&refused));
+    let tool = place.clone(&uri, &["--serve", &serve, "--chap", &chap]);
+    succeed(20, "qemu-io", &["-f", "raw", "-c", "read 4M 64k", &tool.fact("uri")]);
+    place.await_filled();
+    assert!(place.ask(&["detach"]).status.success());
+    assert_eq!(export.end(), Some(0));
+    assert_eq!(tool.end(), Some(0));
+    same(&origin, &place.path("dest"));
+    assert!(place.path("dest").metadata().expect("it").blocks() * 512 < 12 * MIB, "holes stay holes");
 }
 
 #[test]

@@ -7,11 +7,9 @@ use std::sync::Arc;
 use clap::Args;
 use decant_dataplane_user::device::Exported;
 use decant_dataplane_user::export::claim::{ClaimError, claim};
-use decant_dataplane_user::export::iscsi::{IscsiOptions, IscsiServer};
+use decant_dataplane_user::export::iscsi::{Access, DigestPolicy, IscsiOptions, IscsiServer};
 use decant_dataplane_user::export::{Address, FileMedium, ListenError, Server};
 use decant_dataplane_user::tls::Fingerprint;
-use decant_iscsi::login::DigestPolicy;
-use decant_iscsi::target::Access;
 use serde_json::{Map, Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -22,7 +20,7 @@ use super::{Exit, Failure, Global, secrets};
 const ISCSI_PORT: u16 = 3260;
 pub(crate) const NBD_PORT: u16 = 10809;
 /// What our targets' names begin with.
-const NAMING_AUTHORITY: &str = "iqn.2026-11.dev.decant";
+pub(crate) const NAMING_AUTHORITY: &str = "iqn.2026-11.dev.decant";
 /// Most bytes of an iSCSI name (RFC 7143, 4.2.7.1).
 const MAX_IQN: usize = 223;
 
@@ -190,7 +188,6 @@ fn iscsi(args: &ExportArgs, address: &str, medium: &Arc<FileMedium>) -> Result<(
         None => iqn_of(&args.source),
     };
     let chap = args.chap.as_deref().map(secrets::chap).transpose()?;
-    let user = chap.as_ref().map(|chap| format!("{}@", chap.initiator().name)).unwrap_or_default();
     let address = resolve(address, ISCSI_PORT)?;
     if chap.is_none() && args.allow.is_empty() && !address.ip().is_loopback() {
         tracing::warn!(%address, "no --chap and no --allow: whoever reaches this address can log in");
@@ -210,7 +207,7 @@ fn iscsi(args: &ExportArgs, address: &str, medium: &Arc<FileMedium>) -> Result<(
     };
     let device: Arc<dyn Exported> = medium.clone();
     let server = IscsiServer::listen(options, device).map_err(|error| listen_failure(&error))?;
-    let mut facts = facts(args, medium, format!("iscsi://{user}{}/{name}/0", server.local_addr()));
+    let mut facts = facts(args, medium, format!("iscsi://{}/{name}/0", server.local_addr()));
     facts.insert("target".to_owned(), name.into());
     facts.insert("lun".to_owned(), 0.into());
     Ok((Serving::Iscsi(server), facts))

@@ -46,21 +46,30 @@ enum Broken {
     Closing,
 }
 
-/// Where outcomes arrive that were not had at once.
+/// What came of a request that was not done at once.
+struct Arrived {
+    task: TaskId,
+    /// Which request of the task's slot it was.
+    serial: u64,
+    ended: Ended,
+    /// The task's buffer, which may be needed again.
+    buffer: Option<Buffer>,
+}
+
+/// Where outcomes arrive.
 struct Inbox {
-    /// Task, how often its slot was given out, and what came of it.
-    ended: Mutex<Vec<(TaskId, u64, Ended, Option<Buffer>)>>,
+    arrived: Mutex<Vec<Arrived>>,
     kick: Arc<Kick>,
 }
 
 impl Inbox {
-    fn put(&self, task: TaskId, serial: u64, ended: Ended, buffer: Option<Buffer>) {
-        self.ended.lock().unwrap_or_else(PoisonError::into_inner).push((task, serial, ended, buffer));
+    fn put(&self, arrived: Arrived) {
+        self.arrived.lock().unwrap_or_else(PoisonError::into_inner).push(arrived);
         self.kick.kick();
     }
 
-    fn take(&self) -> Vec<(TaskId, u64, Ended, Option<Buffer>)> {
-        std::mem::take(&mut self.ended.lock().unwrap_or_else(PoisonError::into_inner))
+    fn take(&self) -> Vec<Arrived> {
+        std::mem::take(&mut self.arrived.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -82,7 +91,7 @@ impl ReadSink for Parked {
             }
             Err(errno) => Ended::Failed(failure(errno, Some(self.offset))),
         };
-        self.inbox.put(self.task, self.serial, ended, None);
+        self.inbox.put(Arrived { task: self.task, serial: self.serial, ended, buffer: None });
     }
 }
 
@@ -132,7 +141,7 @@ pub(super) fn run(shared: &Arc<Shared>, visitor: Visitor) {
     let mut link = Link {
         shared,
         socket: Arc::new(socket),
-        inbox: Arc::new(Inbox { ended: Mutex::default(), kick }),
+        inbox: Arc::new(Inbox { arrived: Mutex::default(), kick }),
         machine,
         out: Outbox::default(),
         slots,
@@ -185,7 +194,9 @@ impl Link<'_> {
                 Some(filled) => filled,
                 None => {
                     let want = match (self.out.is_empty(), full) {
-                        (true, _) => Wait::Read,
+                        (true, false) => Wait::Read,
+                        // The protocol takes nothing more before something else has happened.
+                        (true, true) => Wait::Hangup,
                         (false, true) => Wait::Write,
                         (false, false) => Wait::ReadWrite,
                     };
@@ -345,7 +356,7 @@ impl Link<'_> {
         let (device, inbox) = (Arc::clone(&self.shared.device), Arc::clone(&self.inbox));
         self.shared.workers.submit(Box::new(move || {
             let (ended, buffer) = work(&*device, request, buffer, pattern);
-            inbox.put(task, serial, ended, buffer);
+            inbox.put(Arrived { task, serial, ended, buffer });
         }));
     }
 
@@ -358,7 +369,7 @@ impl Link<'_> {
 
     /// What other threads have done for this connection, and to it.
     fn handle_kick(&mut self) -> Result<(), Broken> {
-        for (task, serial, ended, buffer) in self.inbox.take() {
+        for Arrived { task, serial, ended, buffer } in self.inbox.take() {
             let Some(slot) = self.slots.get_mut(task.0 as usize).filter(|slot| slot.away == Some(serial)) else {
                 continue;
             };

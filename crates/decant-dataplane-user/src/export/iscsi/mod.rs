@@ -21,15 +21,19 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use decant_iscsi::login::{DigestPolicy, Offer};
+use decant_iscsi::login::Offer;
 use decant_iscsi::scsi::Disk;
-use decant_iscsi::target::{Access, Config, ConnectionId, Limits, Target};
+use decant_iscsi::target::{Config, ConnectionId, Limits, Target};
 
 use super::doors::{Doors, Visitor};
 use super::workers::Workers;
 use super::{Address, ListenError, Served};
 use crate::device::Exported;
 use crate::stream::{Kick, Listener};
+
+pub use decant_iscsi::chap::{Chap, Credentials, Secret, SecretError};
+pub use decant_iscsi::login::DigestPolicy;
+pub use decant_iscsi::target::Access;
 
 /// Most bytes of one READ or WRITE. A session's memory is bounded by this times the commands that it may have outstanding, 64.
 pub const MAX_TRANSFER: u32 = 1024 * 1024;
