@@ -4,8 +4,8 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use decant_iscsi::chap::RANDOM_BYTES;
@@ -16,11 +16,11 @@ use rustix::net::{RecvFlags, SendFlags};
 
 use super::Shared;
 use super::buffers::{Buffer, Spare};
-use super::perform::{Ended, failure, perform};
-use crate::device::{Exported, ReadSink, Served};
+use super::inbox::{Arrived, Inbox, Parked, work};
+use super::perform::{Ended, failure};
+use crate::device::Served;
 use crate::export::doors::Visitor;
-use crate::export::read_waiting;
-use crate::stream::{Kick, Socket, Wait, now};
+use crate::stream::{Socket, Wait, now};
 
 /// Bytes read at a time where headers are; more than the longest header and the longest text.
 const INPUT: usize = 64 * 1024;
@@ -44,55 +44,6 @@ enum Broken {
     Protocol(#[from] Violation),
     #[error("the export is closing")]
     Closing,
-}
-
-/// What came of a request that was not done at once.
-struct Arrived {
-    task: TaskId,
-    /// Which request of the task's slot it was.
-    serial: u64,
-    ended: Ended,
-    /// The task's buffer, which may be needed again.
-    buffer: Option<Buffer>,
-}
-
-/// Where outcomes arrive.
-struct Inbox {
-    arrived: Mutex<Vec<Arrived>>,
-    kick: Arc<Kick>,
-}
-
-impl Inbox {
-    fn put(&self, arrived: Arrived) {
-        self.arrived.lock().unwrap_or_else(PoisonError::into_inner).push(arrived);
-        self.kick.kick();
-    }
-
-    fn take(&self) -> Vec<Arrived> {
-        std::mem::take(&mut self.arrived.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-}
-
-/// A read that waits for its bytes.
-struct Parked {
-    inbox: Arc<Inbox>,
-    task: TaskId,
-    serial: u64,
-    offset: u64,
-}
-
-impl ReadSink for Parked {
-    fn complete(self: Box<Self>, result: Result<&[u8], Errno>) {
-        let ended = match result {
-            Ok(bytes) => {
-                let mut buffer = Spare::default().take(bytes.len());
-                buffer.bytes().copy_from_slice(bytes);
-                Ended::Data(buffer)
-            }
-            Err(errno) => Ended::Failed(failure(errno, Some(self.offset))),
-        };
-        self.inbox.put(Arrived { task: self.task, serial: self.serial, ended, buffer: None });
-    }
 }
 
 /// What the driver knows of a task.
@@ -141,7 +92,7 @@ pub(super) fn run(shared: &Arc<Shared>, visitor: Visitor) {
     let mut link = Link {
         shared,
         socket: Arc::new(socket),
-        inbox: Arc::new(Inbox { arrived: Mutex::default(), kick }),
+        inbox: Arc::new(Inbox::new(kick)),
         machine,
         out: Outbox::default(),
         slots,
@@ -525,31 +476,6 @@ impl Link<'_> {
             let _ = self.handle_kick();
             self.requests.clear();
         }
-    }
-}
-
-/// What a worker does; gives the buffer back that may be needed again.
-fn work(
-    device: &dyn Exported,
-    request: Request,
-    buffer: Option<Buffer>,
-    mut pattern: Vec<u8>,
-) -> (Ended, Option<Buffer>) {
-    match (request, buffer) {
-        (Request::Read { offset, .. }, Some(mut buffer)) => {
-            // FUA: what is cached must be on the medium first.
-            let read = device.flush().and_then(|()| read_waiting(device, offset, buffer.bytes()));
-            match read {
-                Ok(()) => (Ended::Data(buffer), None),
-                Err(errno) => (Ended::Failed(failure(errno, Some(offset))), None),
-            }
-        }
-        // What is to be compared with must outlive the writing of it.
-        (Request::Write { keep: true, .. }, Some(buffer)) => {
-            (perform(device, request, &mut buffer.as_ref().to_vec()), Some(buffer))
-        }
-        (_, Some(mut buffer)) => (perform(device, request, buffer.bytes()), Some(buffer)),
-        (_, None) => (perform(device, request, &mut pattern), None),
     }
 }
 
