@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use decant_api::Cordon;
 use decant_base::{Bytes, WorkerId};
+use decant_dataplane::{Protocol, Reader};
 use decant_drain::drain::{DrainEffect, DrainEvent, DrainRow};
 use decant_drain::handoff::State;
 use decant_drain::plan::{Fleet, MachineFacts, Serving, WorkerFacts};
@@ -54,11 +55,11 @@ async fn perform(agent: &Arc<Agent>, row: &DrainRow, effect: DrainEffect) -> Opt
         }
         DrainEffect::Survey => Some(DrainEvent::Surveyed { fleet: Box::new(survey(agent).await) }),
         DrainEffect::Move { machine, migration, to } => {
-            let limits = row.order.limits;
+            let (limits, protocol) = (row.order.limits, row.order.protocol);
             let order = async {
-                let peer_certificate = certificate_of(agent, &to).await?;
+                let reader = reader_at(agent, &to, protocol).await?;
                 let (reason, drain) = (row.order.reason.clone(), Some(row.order.drain.clone()));
-                let order = Move { migration: migration.clone(), to, peer_certificate, reason, drain, limits };
+                let order = Move { migration: migration.clone(), to, reader, reason, drain, limits };
                 let stepped = agent.core.step(&machine, Event::Order(Order::Move(Box::new(order)))).await;
                 stepped.map(drop).map_err(|refusal| refusal.to_string())
             };
@@ -74,14 +75,14 @@ async fn perform(agent: &Arc<Agent>, row: &DrainRow, effect: DrainEffect) -> Opt
     }
 }
 
-/// The certificate of a destination: the only client that an export to it will serve.
-pub(crate) async fn certificate_of(agent: &Agent, worker: &WorkerId) -> Result<String, String> {
+/// A destination as the one reader of the exports to it. It connects from the address that its agent listens on.
+pub(crate) async fn reader_at(agent: &Agent, worker: &WorkerId, protocol: Protocol) -> Result<Reader, String> {
     let Some(peer) = agent.peers.get(worker) else {
         return Err(format!("{worker} is not among the peers of {}: add it to its configuration", agent.config.worker));
     };
     let certificate = tokio::time::timeout(PATIENCE, peer.certificate()).await;
     match certificate {
-        Ok(Ok(certificate)) => Ok(certificate),
+        Ok(Ok(certificate)) => Ok(Reader { certificate, address: peer.config.address.ip(), protocol }),
         Ok(Err(error)) => Err(format!("{worker} does not answer: {}", error.into_body().cause)),
         Err(_) => Err(format!("{worker} did not answer within {} s", PATIENCE.as_secs())),
     }

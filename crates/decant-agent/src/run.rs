@@ -141,6 +141,7 @@ fn site(config: &Config, program: PathBuf) -> SiteConfig {
         state_dir: config.state_dir.clone(),
         run_dir: config.run_dir.clone(),
         data_listen: config.data_listen,
+        iscsi_trusted: config.iscsi_trusted.clone(),
         tls: decant_dataplane_user::TlsFiles {
             ca: config.tls.ca.clone(),
             cert: config.tls.cert.clone(),

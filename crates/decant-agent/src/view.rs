@@ -4,7 +4,7 @@ use std::net::Ipv6Addr;
 
 use decant_api as api;
 use decant_base::WorkerId;
-use decant_dataplane::VolumeStatus;
+use decant_dataplane::{Protocol, VolumeStatus};
 use decant_drain::handoff::State;
 use decant_drain::migration::{Back, Migration, Phase, Role};
 use decant_drain::{Desired, Life, Row, Severity, Wait};
@@ -153,6 +153,7 @@ pub(crate) fn migration(row: &Row, seen: &Seen<'_>) -> Option<api::Migration> {
             Role::Destination => api::Role::Destination,
         },
         drain: migration.drain.clone(),
+        protocol: protocol(migration),
         phase: phase(migration),
         epoch: migration.epoch,
         started_at_ms: migration.entered_ms.values().copied().min().unwrap_or(0),
@@ -161,6 +162,12 @@ pub(crate) fn migration(row: &Row, seen: &Seen<'_>) -> Option<api::Migration> {
         progress: progress(row, seen),
         why: migration_why(migration),
     })
+}
+
+/// The source was told; the destination learnt it from the offer.
+fn protocol(migration: &Migration) -> Protocol {
+    let offered = migration.origin.as_ref().map(|origin| origin.access.protocol());
+    migration.reader.as_ref().map(|reader| reader.protocol).or(offered).unwrap_or_default()
 }
 
 fn migration_why(migration: &Migration) -> Option<api::Why> {

@@ -1,6 +1,7 @@
 //! Drains.
 
 use decant_base::{Bytes, DrainId, MachineId, MigrationId, WorkerId};
+use decant_dataplane::Protocol;
 use serde::{Deserialize, Serialize};
 
 use crate::{Eta, MigrationPhase, Why};
@@ -32,6 +33,9 @@ pub struct CreateDrain {
     /// After this long without being drained it starts no more moves and ends as `deadline`.
     #[serde(default)]
     pub deadline_ms: Option<u64>,
+    /// What the volumes travel over.
+    #[serde(default)]
+    pub protocol: Protocol,
 }
 
 /// A drain and its plan.

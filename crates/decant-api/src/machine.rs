@@ -3,6 +3,7 @@
 use std::net::Ipv6Addr;
 
 use decant_base::{DrainId, Epoch, MachineId, MigrationId, WorkerId};
+use decant_dataplane::Protocol;
 use decant_machine::MachineSpec;
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +33,9 @@ pub struct MoveMachine {
     /// Why, for the event log.
     #[serde(default)]
     pub reason: String,
+    /// What the volume travels over.
+    #[serde(default)]
+    pub protocol: Protocol,
 }
 
 /// Boots the sealed copy of a machine whose new owner is destroyed.

@@ -1,7 +1,7 @@
 //! Migrations.
 
 use decant_base::{Bytes, DrainId, Epoch, MachineId, MigrationId, WorkerId};
-use decant_dataplane::MissingPolicy;
+use decant_dataplane::{MissingPolicy, Protocol};
 use serde::{Deserialize, Serialize};
 
 /// One move of one machine, as one of its two workers sees it.
@@ -20,6 +20,9 @@ pub struct Migration {
     /// The drain it belongs to.
     #[serde(default)]
     pub drain: Option<DrainId>,
+    /// What the volume travels over.
+    #[serde(default)]
+    pub protocol: Protocol,
     /// How far it is.
     pub phase: MigrationPhase,
     /// The epoch that the destination runs it at.

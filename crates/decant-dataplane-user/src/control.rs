@@ -16,7 +16,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use decant_base::{Bytes, Epoch, ExtentSet, MigrationId, VolumeId};
-use decant_dataplane::{CloneStatus, Failure, FailureCode, Geometry, MissingPolicy, Origin, Verification};
+use decant_dataplane::{
+    CloneStatus, ExportSecret, Failure, FailureCode, Geometry, MissingPolicy, Origin, Reader, Verification,
+};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
 };
@@ -158,8 +160,10 @@ pub struct CloneWork {
 pub struct ExportWork {
     /// For.
     pub migration: MigrationId,
-    /// SHA-256 fingerprint of the one client certificate that may connect.
-    pub peer: String,
+    /// Who may connect, and how.
+    pub reader: Reader,
+    /// What an iSCSI export and its reader prove to each other.
+    pub secret: Option<ExportSecret>,
     /// Address to listen on; port 0 lets the system choose.
     pub listen: SocketAddr,
     /// Whether the volume is sealed: requests are answered, nothing is written.

@@ -15,6 +15,7 @@ pub mod export;
 pub mod ext4;
 pub mod fuse;
 pub mod header;
+pub mod iscsi;
 pub mod keeper;
 pub mod keys;
 pub mod loopdev;

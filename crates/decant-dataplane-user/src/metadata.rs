@@ -8,7 +8,7 @@ use std::io::Write;
 use std::path::Path;
 
 use decant_base::{Bytes, Epoch, MigrationId};
-use decant_dataplane::{Geometry, MissingPolicy, Origin, Verification};
+use decant_dataplane::{ExportSecret, Geometry, MissingPolicy, Origin, Verification};
 use serde::{Deserialize, Serialize};
 
 use crate::site::VolumePaths;
@@ -33,9 +33,9 @@ pub struct Metadata {
     /// The port that the volume's exports had; tried first for the next one, so that a peer finds it again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
-    /// SHA-256, hex, of the header as it was sent for a migration.
+    /// The last export.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub exported: Option<(MigrationId, String)>,
+    pub exported: Option<Exported>,
     /// Limit of hydration, bytes per second.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<Bytes>,
@@ -45,6 +45,19 @@ pub struct Metadata {
     /// The last migration whose verification ended here, so that asking again gives the same answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verified: Option<(MigrationId, Verification)>,
+}
+
+/// An export, as it was opened.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Exported {
+    /// For.
+    pub migration: MigrationId,
+    /// SHA-256, hex, of the header as it was sent.
+    pub header_digest: String,
+    /// What the reader of an iSCSI export was told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret: Option<ExportSecret>,
 }
 
 /// What every version of the file says.

@@ -18,6 +18,7 @@
 //! | freed | none but `volume.json` | no |
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -85,7 +86,19 @@ impl UserPlane {
         Ok(Self { certificate: identity.fingerprint().to_string(), site, metadata: Arc::default() })
     }
 
-    /// SHA-256 fingerprint, hex, of this worker's certificate: the `peer` of exports for it.
+    /// Whether all of `addresses` are on networks where blocks may travel over iSCSI.
+    fn check_trusted(&self, addresses: &[IpAddr]) -> Result<(), Failure> {
+        let trusted = &self.site.iscsi_trusted;
+        let stranger = addresses.iter().find(|address| !trusted.iter().any(|network| network.contains(*address)));
+        let Some(stranger) = stranger else { return Ok(()) };
+        let worker = &self.site.worker;
+        Err(refused(format!(
+            "worker {worker} does not trust the network of {stranger} with iSCSI, where CHAP authenticates a login and nothing after it; \
+             name the network in iscsi.trusted_networks of {worker}, or move over nbd"
+        )))
+    }
+
+    /// SHA-256 fingerprint, hex, of this worker's certificate: the `certificate` of readers here.
     pub fn certificate(&self) -> &str {
         &self.certificate
     }
@@ -354,8 +367,8 @@ impl Plane for UserPlane {
             Command::Delete { volume } => self.delete(volume),
             Command::Attach { volume } => self.attach(volume),
             Command::Detach { volume } => self.detach(volume),
-            Command::OpenExport { volume, migration, peer } => self.open_export(volume, migration, peer),
-            Command::Seal { volume, migration, peer } => self.seal(volume, migration, peer),
+            Command::OpenExport { volume, migration, reader } => self.open_export(volume, migration, reader),
+            Command::Seal { volume, migration, reader } => self.seal(volume, migration, reader),
             Command::CloseExport { volume, migration } => self.close_export(volume, migration),
             Command::Prepare { volume, migration, geometry, header, room } => {
                 self.prepare(volume, migration, geometry, header, *room)

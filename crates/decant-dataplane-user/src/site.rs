@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use decant_base::{Bytes, VolumeId, WorkerId};
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::keys::KeySource;
@@ -20,6 +21,8 @@ pub struct SiteConfig {
     pub run_dir: PathBuf,
     /// The address that exports listen on; its port, usually 0, is where the first export of a volume tries.
     pub data_listen: SocketAddr,
+    /// Networks on which exports may be served and read over iSCSI.
+    pub iscsi_trusted: Vec<IpNet>,
     /// For exports and for connections to the exports of others.
     pub tls: TlsFiles,
     /// LUKS2 header bytes of volumes made here: 4 MiB or 16 MiB.

@@ -14,7 +14,9 @@ use std::time::{Duration, Instant};
 
 use decant_base::ExtentSet;
 use decant_clone::Shape;
-use decant_dataplane::{Failure, FailureCode};
+use decant_dataplane::{Access, Failure, FailureCode, Protocol};
+use decant_iscsi::login::DigestPolicy;
+use decant_iscsi::target;
 use decant_luks2::SectorCipher;
 
 use crate::control::{
@@ -23,8 +25,10 @@ use crate::control::{
 };
 use crate::device::Exported;
 use crate::engine::{self, Engine, Files, Mode, OpenError, VerifyError};
+use crate::export::iscsi::{IscsiOptions, IscsiServer};
 use crate::export::{self, Server};
 use crate::fuse::{Backend, Session};
+use crate::iscsi::{self, NoSecret};
 use crate::keys::SecretMemory;
 use crate::origin::{self, Remote};
 use crate::process;
@@ -32,6 +36,8 @@ use crate::tls::{Fingerprint, Identity};
 
 /// Threads that serve the file: the medium below may block each, and two or three keep a disk busy.
 const FUSE_THREADS: usize = 4;
+/// Most characters of a disk's serial.
+const MAX_SERIAL: usize = 64;
 /// How long `Assemble` waits for a session: a TCP and a TLS handshake over any distance on earth take less.
 const ORIGIN_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -107,7 +113,34 @@ fn chain(error: &dyn std::error::Error) -> String {
 struct OpenExport {
     work: ExportWork,
     port: u16,
-    server: Server,
+    server: ExportServer,
+}
+
+/// A running export, whatever it speaks. Dropping it closes it.
+enum ExportServer {
+    Nbd(Server),
+    Iscsi(IscsiServer),
+}
+
+impl ExportServer {
+    fn port(&self) -> u16 {
+        let address = match self {
+            Self::Nbd(server) => server.local_addr(),
+            Self::Iscsi(server) => server.local_addr(),
+        };
+        match address {
+            export::Address::Tcp(address) => address.port(),
+            export::Address::Unix(_) => 0,
+        }
+    }
+
+    /// The volume is sealed: what was asked meanwhile is answered.
+    fn wake(&self) {
+        match self {
+            Self::Nbd(server) => server.wake(),
+            Self::Iscsi(server) => server.wake(),
+        }
+    }
 }
 
 /// The volume as this process serves it.
@@ -219,14 +252,23 @@ impl Volume {
         let refused = |error: &dyn std::error::Error| {
             failure(FailureCode::Refused, format!("the origin cannot be used: {}", chain(error)))
         };
-        let pinned: Fingerprint = clone.origin.certificate.parse().map_err(|error| refused(&error))?;
-        let tls = self.identity()?.client(pinned).map_err(|error| refused(&error))?;
+        let size = self.engine.shape().size();
+        let spec: origin::Spec = match &clone.origin.access {
+            Access::Nbd { certificate } => {
+                let pinned: Fingerprint = certificate.parse().map_err(|error| refused(&error))?;
+                let tls = self.identity()?.client(pinned).map_err(|error| refused(&error))?;
+                origin::Options::for_clone(&clone.origin, tls, size).into()
+            }
+            Access::Iscsi { secret } => {
+                let options = origin::IscsiOptions::for_clone(&clone.origin, &clone.migration, secret, size);
+                options.map_err(|error| refused(&error))?.into()
+            }
+        };
         // The old one first: its last word on its link must not come after the new one's first.
         self.engine.drop_origin();
-        let options = origin::Options::for_clone(&clone.origin, tls, self.engine.shape().size());
-        let nbd = Remote::open(options, self.engine.clone()).map_err(|error| refused(&error))?;
-        self.engine.set_origin(nbd.clone(), &clone.origin.address.to_string());
-        *current = Some((clone, nbd));
+        let remote = Remote::open(spec, self.engine.clone()).map_err(|error| refused(&error))?;
+        self.engine.set_origin(remote.clone(), &clone.origin.address.to_string());
+        *current = Some((clone, remote));
         Ok(())
     }
 
@@ -244,7 +286,8 @@ impl Volume {
         let mut open = lock(&self.export);
         if let Some(open) = &*open
             && open.work.migration == work.migration
-            && open.work.peer == work.peer
+            && open.work.reader == work.reader
+            && open.work.secret == work.secret
         {
             return Ok(open.port);
         }
@@ -257,17 +300,36 @@ impl Volume {
         let refused = |error: &dyn std::error::Error| {
             failure(FailureCode::Refused, format!("the export cannot be opened: {}", chain(error)))
         };
-        let pinned: Fingerprint = work.peer.parse().map_err(|error| refused(&error))?;
-        let tls = self.identity()?.server(pinned).map_err(|error| refused(&error))?;
         let device: Arc<dyn Exported> = self.engine.as_exported();
-        let server = Server::listen(&export::Address::Tcp(work.listen), Some(tls), work.migration.as_str(), device)
-            .map_err(|error| failure(FailureCode::Retry, chain(&error)))?;
-        let port = match server.local_addr() {
-            export::Address::Tcp(address) => address.port(),
-            export::Address::Unix(_) => 0,
+        let server = match work.reader.protocol {
+            Protocol::Nbd => {
+                let pinned: Fingerprint = work.reader.certificate.parse().map_err(|error| refused(&error))?;
+                let tls = self.identity()?.server(pinned).map_err(|error| refused(&error))?;
+                let address = export::Address::Tcp(work.listen);
+                Server::listen(&address, Some(tls), work.migration.as_str(), device).map(ExportServer::Nbd)
+            }
+            Protocol::Iscsi => {
+                let options = self.iscsi_options(work).map_err(|error| refused(&error))?;
+                IscsiServer::listen(options, device).map(ExportServer::Iscsi)
+            }
         };
+        let server = server.map_err(|error| failure(FailureCode::Retry, chain(&error)))?;
+        let port = server.port();
         *open = Some(OpenExport { work: work.clone(), port, server });
         Ok(port)
+    }
+
+    fn iscsi_options(&self, work: &ExportWork) -> Result<IscsiOptions, NoSecret> {
+        let chap = iscsi::chap(&work.migration, work.secret.as_ref().ok_or(NoSecret)?)?;
+        Ok(IscsiOptions {
+            address: work.listen,
+            name: iscsi::target_name(&work.migration),
+            access: vec![target::Access { initiator: Some(iscsi::initiator_name(&work.migration)), chap: Some(chap) }],
+            peers: vec![work.reader.address],
+            digests: DigestPolicy::Required,
+            block_bytes: self.start.work.geometry.sector_size,
+            serial: self.start.volume.as_str().chars().take(MAX_SERIAL).collect(),
+        })
     }
 
     /// The way from writer to exporter. On the machine's critical path.

@@ -2,13 +2,15 @@
 
 mod support;
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use decant_base::{Bytes, Epoch, ExtentSet};
 use decant_dataplane::{
-    Command, Failure, FailureCode, Geometry, MissingPolicy, Origin, Outcome, Seal, Verification, VolumeState,
+    Command, Failure, FailureCode, Geometry, MissingPolicy, Origin, Outcome, Protocol, Reader, Seal, Verification,
+    VolumeState,
 };
 use support::{Worker, World, cannot_run, eventually, kill, migration, mount, run, unmount, volume};
 
@@ -20,9 +22,19 @@ struct Opened {
     room: Bytes,
 }
 
+/// As the source's agent describes it.
+fn reader(destination: &Worker) -> Reader {
+    reader_over(destination, Protocol::Nbd)
+}
+
+fn reader_over(destination: &Worker, protocol: Protocol) -> Reader {
+    let certificate = destination.plane.certificate().to_owned();
+    Reader { certificate, address: IpAddr::V4(Ipv4Addr::LOCALHOST), protocol }
+}
+
 fn open_export(source: &Worker, destination: &Worker, id: &str) -> Opened {
-    let peer = destination.plane.certificate().to_owned();
-    match source.perform(Command::OpenExport { volume: volume("v"), migration: migration(id), peer }) {
+    let reader = reader(destination);
+    match source.perform(Command::OpenExport { volume: volume("v"), migration: migration(id), reader }) {
         Ok(Outcome::ExportOpened { origin, geometry, header, room }) => Opened { origin, geometry, header, room },
         other => panic!("open export: {other:?}"),
     }
@@ -47,8 +59,8 @@ fn assemble(destination: &Worker, opened: &Opened, id: &str) -> PathBuf {
 }
 
 fn seal(source: &Worker, destination: &Worker, id: &str) -> Result<Seal, Failure> {
-    let peer = destination.plane.certificate().to_owned();
-    match source.perform(Command::Seal { volume: volume("v"), migration: migration(id), peer })? {
+    let reader = reader(destination);
+    match source.perform(Command::Seal { volume: volume("v"), migration: migration(id), reader })? {
         Outcome::Sealed(seal) => Ok(seal),
         other => panic!("seal: {other:?}"),
     }

@@ -7,7 +7,8 @@
 
 #![forbid(unsafe_code)]
 
-use std::net::SocketAddr;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use decant_base::{Bytes, Epoch, ExtentSet, MigrationId, VolumeId};
@@ -39,16 +40,111 @@ pub struct Seal {
     pub header_digest: String,
 }
 
-/// Where a clone's missing blocks come from: an NBD export over mutual TLS.
+/// What a clone's missing blocks travel over.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Protocol {
+    /// NBD over mutual TLS: on any network.
+    #[default]
+    Nbd,
+    /// iSCSI in the clear. CHAP authenticates the login and nothing after it, so both workers must trust the network between them.
+    Iscsi,
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Nbd => "nbd",
+            Self::Iscsi => "iscsi",
+        })
+    }
+}
+
+/// The one peer that may read an export.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Reader {
+    /// SHA-256 fingerprint, hex, of its certificate: the only one that an NBD export lets in.
+    pub certificate: String,
+    /// Where it connects from: the only address that an iSCSI export lets in.
+    pub address: IpAddr,
+    /// What it speaks.
+    pub protocol: Protocol,
+}
+
+/// A secret that opens one export and ends with it. It is drawn for one migration, lies in files of root's alone, and opens
+/// ciphertext, no key; it shows itself in no log.
+#[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct ExportSecret(String);
+
+impl ExportSecret {
+    /// Bytes of randomness, half of them for each direction of mutual CHAP.
+    pub const RANDOM_BYTES: usize = 32;
+
+    /// From fresh random bytes.
+    pub fn new(random: [u8; Self::RANDOM_BYTES]) -> Self {
+        Self(random.iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// What the reader proves itself with, 32 hex digits; `None` if a peer sent something else.
+    pub fn of_reader(&self) -> Option<&str> {
+        self.halves().map(|(reader, _)| reader)
+    }
+
+    /// What the export proves itself with, 32 hex digits; `None` if a peer sent something else.
+    pub fn of_export(&self) -> Option<&str> {
+        self.halves().map(|(_, export)| export)
+    }
+
+    fn halves(&self) -> Option<(&str, &str)> {
+        let is_whole = self.0.len() == 2 * Self::RANDOM_BYTES && self.0.bytes().all(|byte| byte.is_ascii_hexdigit());
+        self.0.split_at_checked(Self::RANDOM_BYTES).filter(|_| is_whole)
+    }
+}
+
+impl fmt::Debug for ExportSecret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ExportSecret(..)")
+    }
+}
+
+/// How reader and export know each other.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "protocol")]
+pub enum Access {
+    /// NBD over mutual TLS.
+    Nbd {
+        /// SHA-256 fingerprint, hex, of the certificate the server must show.
+        certificate: String,
+    },
+    /// iSCSI with mutual CHAP.
+    Iscsi {
+        /// Of this export alone.
+        secret: ExportSecret,
+    },
+}
+
+impl Access {
+    /// What is spoken.
+    pub fn protocol(&self) -> Protocol {
+        match self {
+            Self::Nbd { .. } => Protocol::Nbd,
+            Self::Iscsi { .. } => Protocol::Iscsi,
+        }
+    }
+}
+
+/// Where a clone's missing blocks come from.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Origin {
     /// Where the source's volume process listens.
     pub address: SocketAddr,
-    /// The NBD export name.
+    /// The NBD export name, or the iSCSI target name (IQN).
     pub export: String,
-    /// SHA-256 fingerprint, hex, of the certificate the server must show.
-    pub certificate: String,
+    /// How it is opened.
+    pub access: Access,
 }
 
 /// An order to the plane. Each is idempotent: performing it again changes nothing and gives the same outcome.
@@ -85,8 +181,8 @@ pub enum Command {
         volume: VolumeId,
         /// For.
         migration: MigrationId,
-        /// SHA-256 fingerprint, hex, of the one client certificate that may connect.
-        peer: String,
+        /// Who may connect, and how.
+        reader: Reader,
     },
     /// Source: no write lands from here on; what was written is durable; the export answers. `Sealed`.
     /// Fails if anybody still has the device open. After a restart of the host it opens the export again on the same port.
@@ -95,8 +191,8 @@ pub enum Command {
         volume: VolumeId,
         /// For.
         migration: MigrationId,
-        /// SHA-256 fingerprint of the client certificate that may connect.
-        peer: String,
+        /// Who may connect, and how.
+        reader: Reader,
     },
     /// Source: closes the export of `migration`, whatever its state; a sealed volume may be attached again. `Done`.
     CloseExport {

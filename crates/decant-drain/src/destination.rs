@@ -163,7 +163,7 @@ fn accept_call(draft: &mut Draft, from: &WorkerId, message: &Message, call: &Cal
         id: message.migration.clone(),
         role: Role::Destination,
         peer: from.clone(),
-        peer_certificate: call.offer.map_or(String::new(), |offer| offer.origin.certificate.clone()),
+        reader: None,
         epoch: message.epoch,
         phase: Phase::Planned,
         reason: call.reason.to_owned(),

@@ -22,6 +22,7 @@
 use std::collections::BTreeMap;
 
 use decant_base::{Bytes, DrainId, MachineId, MigrationId, WorkerId};
+use decant_dataplane::Protocol;
 use serde::{Deserialize, Serialize};
 
 use crate::migration::{Limits, Phase};
@@ -97,6 +98,8 @@ pub struct DrainOrder {
     pub deadline_ms: Option<u64>,
     /// Timeouts of each migration.
     pub limits: Limits,
+    /// What the volumes travel over.
+    pub protocol: Protocol,
     /// Blockers of some machines do not keep the others here.
     pub partial: bool,
 }

@@ -27,7 +27,7 @@
 use std::collections::BTreeMap;
 
 use decant_base::{DrainId, Epoch, MigrationId, WorkerId};
-use decant_dataplane::{Origin, Seal, Verification};
+use decant_dataplane::{Origin, Reader, Seal, Verification};
 use serde::{Deserialize, Serialize};
 
 use crate::wait::Wait;
@@ -149,8 +149,8 @@ pub struct Migration {
     pub role: Role,
     /// The other end.
     pub peer: WorkerId,
-    /// SHA-256 fingerprint, hex, of the other end's certificate.
-    pub peer_certificate: String,
+    /// Source: the other end as the export knows it.
+    pub reader: Option<Reader>,
     /// The epoch that the destination is granted: the source's plus one.
     pub epoch: Epoch,
     /// The step.

@@ -53,13 +53,14 @@ fn stop_deadline(migration: &Migration) -> u64 {
 /// What the phase wants done.
 pub(crate) fn effects(row: &Row, migration: &Migration) -> Vec<Effect> {
     let id = || migration.id.clone();
-    let peer = || migration.peer_certificate.clone();
+    let reader = || migration.reader.clone();
     let machine = || row.machine.clone();
     let say = |body| draft::send(row, migration, body);
     let volume = row.volume.clone();
     match (migration.phase, volume) {
         (Phase::Planned, Some(volume)) => {
-            vec![Effect::Plane(Command::OpenExport { volume, migration: id(), peer: peer() })]
+            let open = |reader| Effect::Plane(Command::OpenExport { volume, migration: id(), reader });
+            reader().map(open).into_iter().collect()
         }
         (Phase::Planned, None) => vec![say(prepare(row, migration, None))],
         (Phase::Prepared, _) | (Phase::Stopped, None) => {
@@ -69,7 +70,8 @@ pub(crate) fn effects(row: &Row, migration: &Migration) -> Vec<Effect> {
         (Phase::Sealed, None) => vec![say(Body::Grant { desired: row.desired, seal: None })],
         // Its outcome says what is live, and brings the export back after a restart of the host.
         (Phase::Stopped | Phase::Sealed | Phase::Granted | Phase::Booted | Phase::Hydrating, Some(volume)) => {
-            vec![Effect::Plane(Command::Seal { volume, migration: id(), peer: peer() })]
+            let seal = |reader| Effect::Plane(Command::Seal { volume, migration: id(), reader });
+            reader().map(seal).into_iter().collect()
         }
         (Phase::Verified, Some(volume)) if migration.local_done => {
             vec![Effect::Plane(Command::CloseExport { volume, migration: id() })]
@@ -103,7 +105,7 @@ pub(crate) fn begin(draft: &mut Draft, order: Move, epoch: decant_base::Epoch) {
         id: order.migration,
         role: Role::Source,
         peer: order.to,
-        peer_certificate: order.peer_certificate,
+        reader: Some(order.reader),
         epoch: epoch.next(),
         phase: Phase::Planned,
         reason: order.reason,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use decant_base::{Bytes, DrainId, Epoch, MachineId, MigrationId, VolumeId, WorkerId};
-use decant_dataplane::{Command, Failure, Geometry, Origin, Outcome, Seal, Verification};
+use decant_dataplane::{Command, Failure, Geometry, Origin, Outcome, Reader, Seal, Verification};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -99,8 +99,8 @@ pub struct Move {
     pub migration: MigrationId,
     /// The destination.
     pub to: WorkerId,
-    /// SHA-256 fingerprint, hex, of the destination's certificate: the only client its export will serve.
-    pub peer_certificate: String,
+    /// The destination as its export knows it, the only one it will serve.
+    pub reader: Reader,
     /// Why.
     pub reason: String,
     /// For which drain.

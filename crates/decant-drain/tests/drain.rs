@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use decant_base::{Bytes, DrainId, MachineId, MigrationId, WorkerId};
+use decant_dataplane::Protocol;
 use decant_drain::drain::{
     DrainEffect, DrainEvent, DrainOrder, DrainRow, DrainState, MigrationNews, drain_pending, drain_step,
 };
@@ -57,6 +58,7 @@ fn wishes() -> Wishes {
 
 fn order() -> DrainOrder {
     DrainOrder {
+        protocol: Protocol::Nbd,
         drain: DrainId::new("d-1").expect("an id"),
         workers: vec![worker("worker-1")],
         to: None,

@@ -13,6 +13,7 @@
 //! ```
 //! The shim has one thread and never makes a call that can wait for the volume: those are errands of forked children.
 
+mod cache;
 mod errand;
 mod groups;
 mod log;

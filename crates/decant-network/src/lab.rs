@@ -165,6 +165,11 @@ impl Lab {
         Ipv6Addr::new(0xfdde, 0, 0, 0, 0, 0, u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]))
     }
 
+    /// The network of the bridge, in CIDR notation.
+    pub fn network(&self) -> String {
+        format!("{}/64", Ipv6Addr::new(0xfdde, 0, 0, 0, 0, 0, 0, 0))
+    }
+
     /// The address of the switch namespace on its bridge.
     pub fn switch_address(&self) -> Ipv6Addr {
         Ipv6Addr::new(0xfdde, 0, 0, 0, 0, 0xffff, 0, 0)

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use decant_base::{Bytes, MachineId, WorkerId};
+use ipnet::IpNet;
 
 use crate::tls::TlsFiles;
 
@@ -44,6 +45,8 @@ pub struct Config {
     pub network: u32,
     /// How moves are done.
     pub drain: Drain,
+    /// Networks on which volumes may travel over iSCSI; none by default.
+    pub iscsi_trusted: Vec<IpNet>,
     /// The other workers of the fleet.
     pub peers: Vec<Peer>,
     /// What the worker's proxy does.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use decant_base::{Bytes, MachineId, WorkerId};
+use ipnet::IpNet;
 use serde::Deserialize;
 
 use crate::config::{self, KeySource};
@@ -34,6 +35,8 @@ pub(super) struct Config {
     network: Network,
     #[serde(default)]
     drain: Drain,
+    #[serde(default)]
+    iscsi: Iscsi,
     #[serde(default)]
     peers: Vec<Peer>,
     #[serde(default)]
@@ -83,6 +86,13 @@ struct Drain {
     retention: Option<String>,
     prepare_timeout: Option<String>,
     stop_timeout: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Iscsi {
+    #[serde(default)]
+    trusted_networks: Vec<IpNet>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -148,6 +158,7 @@ pub(super) fn resolve(raw: Config, base: &Path) -> Result<config::Config, Wrong>
         keys: keys(raw.keys, base)?,
         network: raw.network.id.unwrap_or(1),
         drain: drain(raw.drain)?,
+        iscsi_trusted: raw.iscsi.trusted_networks,
         peers: raw
             .peers
             .into_iter()

@@ -75,6 +75,7 @@ pub(super) async fn create(agent: Shared, Body(request): Body<CreateDrain>) -> R
         reason: request.reason.clone(),
         deadline_ms: request.deadline_ms.map(|after| now_ms.saturating_add(after)),
         limits: limits(&agent.config),
+        protocol: request.protocol,
         partial: request.partial,
     };
     if request.plan_only {

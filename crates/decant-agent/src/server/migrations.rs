@@ -15,7 +15,7 @@ use decant_drain::{Event, Move, Order, Row};
 use crate::agent::Agent;
 use crate::config::Config;
 use crate::core::new_migration_id;
-use crate::errands::{certificate_of, survey};
+use crate::errands::{reader_at, survey};
 use crate::server::extract::{Args, Body, Id, ScopeArgs};
 use crate::server::fail::Fail;
 use crate::server::machines::{not_found, owner_elsewhere};
@@ -59,7 +59,7 @@ pub(super) async fn start(
         let cause = format!("{machine} is on {to} already");
         return Err(Fail::new(Code::Conflict, "nowhere to move", cause, "name another worker"));
     }
-    let peer_certificate = certificate_of(&agent, &to).await.map_err(|cause| {
+    let reader = reader_at(&agent, &to, request.protocol).await.map_err(|cause| {
         Fail::new(
             Code::Unavailable,
             "destination does not answer",
@@ -68,14 +68,8 @@ pub(super) async fn start(
         )
     })?;
     let migration = request.migration.unwrap_or_else(|| new_migration_id(agent.clock.now_ms()));
-    let order = Move {
-        migration,
-        to,
-        peer_certificate,
-        reason: request.reason,
-        drain: request.drain,
-        limits: limits(&agent.config),
-    };
+    let order =
+        Move { migration, to, reader, reason: request.reason, drain: request.drain, limits: limits(&agent.config) };
     let row = agent.core.step(&machine, Event::Order(Order::Move(Box::new(order)))).await?;
     agent.migration(&row).await.map(Json).ok_or_else(|| not_found(&machine))
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use decant_agent::Machines;
 use decant_base::{Bytes, Epoch, ExtentSet, MachineId, VolumeId};
 use decant_dataplane::{
-    CloneStatus, Command, Failure, FailureCode, Geometry, Origin, Outcome, Plane, Promises, Seal, Verification,
+    Access, CloneStatus, Command, Failure, FailureCode, Geometry, Origin, Outcome, Plane, Promises, Seal, Verification,
     VolumeState, VolumeStatus,
 };
 use decant_machine::{MachineSpec, State, Status};
@@ -265,7 +265,7 @@ fn perform(inner: &mut Inner, worker: &str, command: &Command) -> Result<Outcome
                 origin: Origin {
                     address: ([127, 0, 0, 1], 9).into(),
                     export: worker.to_owned(),
-                    certificate: "00".to_owned(),
+                    access: Access::Nbd { certificate: "00".to_owned() },
                 },
                 geometry: geometry(),
                 header: "aGVhZGVy".to_owned(),

@@ -11,6 +11,8 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use decant_base::MigrationId;
+use decant_dataplane::ExportSecret;
 use decant_iscsi::chap::{self, Chap};
 use decant_iscsi::initiator::{self, Answer, Config, Device, Failure, Initiator};
 use decant_iscsi::login::{DigestPolicy, Offer};
@@ -22,6 +24,7 @@ use super::client::{Ask, BLOCK, Broken, Buffer, Client, Event, Found, Terms};
 use super::remote::Settings;
 use super::{Address, Timing};
 use crate::device::Want;
+use crate::iscsi::{self as migration_names, NoSecret};
 use crate::stream::now;
 use extents::Extents;
 pub use url::{IscsiUrl, UrlError};
@@ -58,6 +61,31 @@ pub struct IscsiOptions {
     pub connections: usize,
     /// Patience.
     pub timing: Timing,
+}
+
+impl IscsiOptions {
+    /// What a clone uses for an export of another worker.
+    ///
+    /// # Errors
+    /// The secret is none that a worker draws.
+    pub fn for_clone(
+        origin: &decant_dataplane::Origin,
+        migration: &MigrationId,
+        secret: &ExportSecret,
+        size: u64,
+    ) -> Result<Self, NoSecret> {
+        Ok(Self {
+            address: origin.address.into(),
+            target: origin.export.clone(),
+            lun: 0,
+            initiator: migration_names::initiator_name(migration),
+            chap: Some(migration_names::chap(migration, secret)?),
+            digests: DigestPolicy::Required,
+            size: Some(size),
+            connections: 3,
+            timing: Timing::NETWORK,
+        })
+    }
 }
 
 /// What the lanes of an origin with these options need.

@@ -36,7 +36,7 @@ pub struct Options {
 }
 
 impl Options {
-    /// What a clone uses for the origin that a plane's command names.
+    /// What a clone uses for an export of another worker.
     pub fn for_clone(origin: &decant_dataplane::Origin, tls: ClientTls, size: u64) -> Self {
         Self {
             address: origin.address.into(),

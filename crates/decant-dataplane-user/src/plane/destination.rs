@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use decant_base::{BLOCK, Bytes, Epoch, MigrationId, VolumeId};
-use decant_dataplane::{Failure, FailureCode, Geometry, Origin, Outcome, Seal};
+use decant_dataplane::{Failure, FailureCode, Geometry, Origin, Outcome, Protocol, Seal};
 
 use super::whole::describe;
 use super::{UserPlane, failure, refused, unexpected};
@@ -80,6 +80,9 @@ impl UserPlane {
             // Begun in the meantime, or whole already.
             State::Clone { migration: of, .. } if of == migration => return self.attach(volume),
             state => return Err(not_prepared(volume, migration, state)),
+        }
+        if origin.access.protocol() == Protocol::Iscsi {
+            self.check_trusted(&[self.site.data_listen.ip(), origin.address.ip()])?;
         }
         let device = self.assembled(volume, origin)?;
         self.ask_volume(volume, VolumeRequest::AwaitOrigin)?;

@@ -1,32 +1,44 @@
 //! A migration's source: the export, the seal, the way back.
 
 use decant_base::{MigrationId, VolumeId};
-use decant_dataplane::{Failure, FailureCode, Origin, Outcome, Seal};
+use decant_dataplane::{Access, ExportSecret, Failure, FailureCode, Origin, Outcome, Protocol, Reader, Seal};
 
 use super::whole::describe;
 use super::{UserPlane, failure, host, refused, unexpected};
 use crate::control::{ExportWork, KeeperReply, KeeperRequest, VolumeReply, VolumeRequest};
-use crate::metadata::{Metadata, State};
+use crate::iscsi;
+use crate::metadata::{Exported, Metadata, State};
 
 impl UserPlane {
     pub(super) fn open_export(
         &self,
         volume: &VolumeId,
         migration: &MigrationId,
-        peer: &str,
+        reader: &Reader,
     ) -> Result<Outcome, Failure> {
         let metadata = self.need(volume)?;
-        let sealed = self.check_exportable(volume, &metadata, migration, peer)?;
+        let sealed = self.check_exportable(volume, &metadata, migration, reader)?;
         if self.site.data_listen.ip().is_unspecified() {
             let listen = self.site.data_listen;
             return Err(refused(format!(
                 "data_listen = \"{listen}\" names no address that a peer could reach; write this worker's own"
             )));
         }
+        if reader.protocol == Protocol::Iscsi {
+            self.check_trusted(&[self.site.data_listen.ip(), reader.address])?;
+        }
         self.run_for_export(volume, &metadata)?;
-        let (header, digest) = self.header(volume)?;
-        let mut export = self.export_work(&metadata, migration, peer);
+        let (header, header_digest) = self.header(volume)?;
+        let mut export = self.export_work(&metadata, migration, reader);
         export.sealed = sealed;
+        if reader.protocol == Protocol::Iscsi && export.secret.is_none() {
+            export.secret = Some(draw_secret()?);
+        }
+        let access = match (reader.protocol, export.secret.clone()) {
+            (Protocol::Iscsi, Some(secret)) => Access::Iscsi { secret },
+            _ => Access::Nbd { certificate: self.certificate.clone() },
+        };
+        let exported = Exported { migration: migration.clone(), header_digest, secret: export.secret.clone() };
         let port = if sealed {
             self.seal_with(volume, export)?.1
         } else {
@@ -43,31 +55,34 @@ impl UserPlane {
         };
         self.update(volume, |metadata| {
             metadata.port = Some(port);
-            metadata.exported = Some((migration.clone(), digest));
+            metadata.exported = Some(exported);
         })?;
         let mut address = self.site.data_listen;
         address.set_port(port);
         Ok(Outcome::ExportOpened {
-            origin: Origin { address, export: migration.as_str().to_owned(), certificate: self.certificate.clone() },
+            origin: Origin { address, export: export_name(reader.protocol, migration), access },
             geometry: metadata.geometry,
             header,
             room: host::allocated(&self.paths(volume).image(), metadata.header),
         })
     }
 
-    pub(super) fn seal(&self, volume: &VolumeId, migration: &MigrationId, peer: &str) -> Result<Outcome, Failure> {
+    pub(super) fn seal(&self, volume: &VolumeId, migration: &MigrationId, reader: &Reader) -> Result<Outcome, Failure> {
         let metadata = self.need(volume)?;
-        self.check_exportable(volume, &metadata, migration, peer)?;
+        self.check_exportable(volume, &metadata, migration, reader)?;
         self.run_for_export(volume, &metadata)?;
-        let (live, port) = self.seal_with(volume, self.export_work(&metadata, migration, peer))?;
-        let header_digest = match metadata.exported.filter(|(of, _)| of == migration) {
-            Some((_, digest)) => digest,
+        let work = self.export_work(&metadata, migration, reader);
+        let secret = work.secret.clone();
+        let (live, port) = self.seal_with(volume, work)?;
+        let header_digest = match metadata.exported.filter(|exported| exported.migration == *migration) {
+            Some(exported) => exported.header_digest,
             None => self.header(volume)?.1,
         };
+        let exported = Exported { migration: migration.clone(), header_digest: header_digest.clone(), secret };
         self.update_soon(volume, |metadata| {
             metadata.port = Some(port);
-            metadata.exported = Some((migration.clone(), header_digest.clone()));
-            metadata.state = State::Sealed { migration: migration.clone(), peer: peer.to_owned() };
+            metadata.exported = Some(exported);
+            metadata.state = State::Sealed { migration: migration.clone(), peer: reader.certificate.clone() };
         })?;
         Ok(Outcome::Sealed(Seal { live, header_digest }))
     }
@@ -94,7 +109,7 @@ impl UserPlane {
                     None => {}
                 }
                 self.update(volume, |metadata| {
-                    metadata.exported.take_if(|(of, _)| of == migration);
+                    metadata.exported.take_if(|exported| exported.migration == *migration);
                 })?;
             }
             _ => {}
@@ -108,11 +123,11 @@ impl UserPlane {
         volume: &VolumeId,
         metadata: &Metadata,
         migration: &MigrationId,
-        peer: &str,
+        reader: &Reader,
     ) -> Result<bool, Failure> {
         match &metadata.state {
             State::Whole => Ok(false),
-            State::Sealed { migration: of, peer: to } if of == migration && to == peer => Ok(true),
+            State::Sealed { migration: of, peer: to } if of == migration && *to == reader.certificate => Ok(true),
             State::Clone { migration, .. } => Err(failure(
                 FailureCode::NotYet,
                 format!(
@@ -131,12 +146,14 @@ impl UserPlane {
         Ok(())
     }
 
-    fn export_work(&self, metadata: &Metadata, migration: &MigrationId, peer: &str) -> ExportWork {
+    fn export_work(&self, metadata: &Metadata, migration: &MigrationId, reader: &Reader) -> ExportWork {
         let mut listen = self.site.data_listen;
         if let Some(port) = metadata.port {
             listen.set_port(port);
         }
-        ExportWork { migration: migration.clone(), peer: peer.to_owned(), listen, sealed: false }
+        let exported = metadata.exported.as_ref().filter(|exported| exported.migration == *migration);
+        let secret = exported.and_then(|exported| exported.secret.clone());
+        ExportWork { migration: migration.clone(), reader: reader.clone(), secret, listen, sealed: false }
     }
 
     fn seal_with(&self, volume: &VolumeId, export: ExportWork) -> Result<(decant_base::ExtentSet, u16), Failure> {
@@ -152,4 +169,19 @@ impl UserPlane {
             other => Err(unexpected(&other)),
         }
     }
+}
+
+/// An NBD export is called as its migration.
+fn export_name(protocol: Protocol, migration: &MigrationId) -> String {
+    match protocol {
+        Protocol::Nbd => migration.as_str().to_owned(),
+        Protocol::Iscsi => iscsi::target_name(migration),
+    }
+}
+
+fn draw_secret() -> Result<ExportSecret, Failure> {
+    let mut random = [0; ExportSecret::RANDOM_BYTES];
+    getrandom::fill(&mut random)
+        .map_err(|error| failure(FailureCode::Retry, format!("no random numbers for the export's secret: {error}")))?;
+    Ok(ExportSecret::new(random))
 }

@@ -103,6 +103,7 @@ impl World {
             state_dir: home.join("state"),
             run_dir: home.join("run"),
             data_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            iscsi_trusted: vec!["127.0.0.0/8".parse().expect("a network")],
             tls: self.authority.sign(name),
             header,
             // One key store for all, as a fleet has.

@@ -3,7 +3,9 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 use decant_base::{Bytes, ExtentSet, MachineId, MigrationId, VolumeId, WorkerId};
-use decant_dataplane::{Command, Failure, FailureCode, Geometry, Origin, Outcome, Seal, Verification};
+use decant_dataplane::{
+    Access, Command, Failure, FailureCode, Geometry, Origin, Outcome, Protocol, Reader, Seal, Verification,
+};
 use decant_drain::migration::Limits;
 use decant_drain::{MachineCommand, Move};
 
@@ -170,7 +172,11 @@ pub fn move_to(number: usize, to: usize) -> Move {
     Move {
         migration: migration(number),
         to: worker(to),
-        peer_certificate: format!("{to:064x}"),
+        reader: Reader {
+            certificate: format!("{to:064x}"),
+            address: std::net::IpAddr::from([127, 0, 0, 1]),
+            protocol: Protocol::Nbd,
+        },
         reason: "test".to_owned(),
         drain: None,
         limits: LIMITS,
@@ -190,7 +196,7 @@ pub fn opened() -> Outcome {
         origin: Origin {
             address: "[fdde::1]:10809".parse().expect("an address"),
             export: "m".to_owned(),
-            certificate: "c1".to_owned(),
+            access: Access::Nbd { certificate: "c1".to_owned() },
         },
         geometry: Geometry {
             size: Bytes::gib(4),

@@ -13,8 +13,8 @@ use rustix::mount::{MountFlags, UnmountFlags};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal};
 
-use super::groups;
 use super::program::DATA;
+use super::{cache, groups};
 use crate::protocol::Device;
 use crate::sys;
 
@@ -85,8 +85,18 @@ impl Errand {
     }
 
     pub(super) fn sync() -> io::Result<Self> {
+        Self::fork(Task::Sync, || Report { error: number(sync()), ..Report::default() })
+    }
+
+    /// Writes back, and leaves an unmount soon after as little to do as can be. The program still runs.
+    pub(super) fn settle() -> io::Result<Self> {
         Self::fork(Task::Sync, || {
-            let error = number(sync());
+            let mut error = number(sync());
+            if let Ok(data) = data() {
+                cache::drop_pages(data.as_fd());
+                // What was written meanwhile.
+                error = if error == 0 { number(sync()) } else { error };
+            }
             // A help for the unmount to come, no promise.
             let _ = data().and_then(|data| sys::checkpoint(data.as_fd()));
             Report { error, ..Report::default() }

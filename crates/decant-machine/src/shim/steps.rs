@@ -17,9 +17,9 @@ pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// How long a stop may be put off to write back what is dirty while the program still serves.
 const WRITE_BACK: Duration = Duration::from_secs(1);
-/// After the write-back, which held the program's own writes up for its last part: what waits is answered before the program
-/// is asked to end, so that the two pauses are not one.
-const BREATH: Duration = Duration::from_millis(5);
+/// After the write-back, which held the program's own writes up for its last part and took its pages from the cache: what waits
+/// is answered before the program is asked to end, so that the two pauses are not one. (5 ms were too short for the second.)
+const BREATH: Duration = Duration::from_millis(25);
 /// Between unmounts that found /data busy: a descriptor's last reference may be dropped a little after its process ended.
 const BUSY_PAUSE: Duration = Duration::from_millis(2);
 /// A trim waits until the program has run for so long: it reads all over the file system, and what a program reads while it
@@ -370,7 +370,7 @@ impl Shim {
             return Some(Phase::Killing);
         }
         if !hard && self.mounted && self.errand.is_none() {
-            self.errand = Errand::sync().ok();
+            self.errand = Errand::settle().ok();
         }
         Some(Phase::WritingBack { until: Instant::now() + WRITE_BACK })
     }

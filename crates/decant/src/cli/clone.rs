@@ -9,12 +9,13 @@ use clap::{Args, Subcommand};
 use decant_base::Bytes;
 use decant_dataplane_user::export::Address;
 use decant_dataplane_user::export::iscsi::Chap;
+use decant_dataplane_user::iscsi::NAMING_AUTHORITY;
 use decant_dataplane_user::origin::{IscsiUrl, UrlError};
 use decant_dataplane_user::standalone::{Source, Standalone, StandaloneError, StandaloneOptions};
 use decant_dataplane_user::tls::{ClientTls, Fingerprint};
 use serde_json::{Map, Value};
 
-use super::export::{NAMING_AUTHORITY, NBD_PORT, Stop, in_use, listen_failure};
+use super::export::{NBD_PORT, Stop, in_use, listen_failure};
 use super::ready::{notify, ready, resolve};
 use super::{Exit, Failure, Global, parse_bytes, secrets};
 

@@ -3,9 +3,10 @@
 use clap::{Args, Subcommand};
 use decant_api::{Blocker, CreateDrain, Drain, DrainPhase, Empty, Listing, path};
 use decant_base::{DrainId, WorkerId};
+use decant_dataplane::Protocol;
 
 use super::output::{Output, bytes, duration, fields, moment, print, show, table};
-use super::{Exit, Failure, Global, parse_duration, progress, watch};
+use super::{Exit, Failure, Global, parse_duration, progress, protocols, watch};
 
 /// `decant drain`.
 #[derive(Debug, Args)]
@@ -54,6 +55,10 @@ struct StartArgs {
     /// Start no more moves after this long; exits with 4.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     deadline: Option<u64>,
+    /// What the volumes travel over: NBD over mutual TLS, or iSCSI where both workers trust the network
+    /// (iscsi.trusted_networks).
+    #[arg(long, default_value = "nbd", value_parser = protocols())]
+    protocol: Protocol,
     /// The drain's name, so that repeating the command does not start a second one.
     #[arg(long, value_name = "NAME")]
     id: Option<DrainId>,
@@ -109,8 +114,9 @@ pub(crate) fn run(args: DrainArgs, global: &Global) -> Result<Exit, Failure> {
 }
 
 fn start(agent: &mut super::Agent, args: StartArgs, global: &Global) -> Result<Exit, Failure> {
-    let StartArgs { workers, plan, to, partial, max, reason, detach, deadline, id } = args;
-    let request = CreateDrain { drain: id, workers, plan_only: plan, to, partial, max, reason, deadline_ms: deadline };
+    let StartArgs { workers, plan, to, partial, max, reason, detach, deadline, protocol, id } = args;
+    let request =
+        CreateDrain { drain: id, workers, plan_only: plan, to, partial, max, reason, deadline_ms: deadline, protocol };
     let drain: Drain = agent.post("/v1/drains", &request)?;
     if plan {
         show(global.output, &drain, text);

@@ -9,6 +9,7 @@ use decant_dataplane_user::device::Exported;
 use decant_dataplane_user::export::claim::{ClaimError, claim};
 use decant_dataplane_user::export::iscsi::{Access, DigestPolicy, IscsiOptions, IscsiServer};
 use decant_dataplane_user::export::{Address, FileMedium, ListenError, Server};
+use decant_dataplane_user::iscsi::NAMING_AUTHORITY;
 use decant_dataplane_user::tls::Fingerprint;
 use serde_json::{Map, Value, json};
 use tokio::signal::unix::{SignalKind, signal};
@@ -19,8 +20,6 @@ use super::{Exit, Failure, Global, secrets};
 /// iSCSI's port and NBD's (IANA).
 const ISCSI_PORT: u16 = 3260;
 pub(crate) const NBD_PORT: u16 = 10809;
-/// What our targets' names begin with.
-pub(crate) const NAMING_AUTHORITY: &str = "iqn.2026-11.dev.decant";
 /// Most bytes of an iSCSI name (RFC 7143, 4.2.7.1).
 const MAX_IQN: usize = 223;
 

@@ -8,10 +8,11 @@ use decant_api::{
     Empty, Listing, Logs, Machine, Migration, MoveMachine, Reclaim, Reclaimed, RecoveryPoint, RunMachine, Scope, path,
 };
 use decant_base::{Bytes, MachineId, VolumeId, WorkerId};
+use decant_dataplane::Protocol;
 use decant_machine::{Bind, HealthCheck, Limits, MachineSpec, RestartPolicy};
 
 use super::output::{Output, bytes, fields, moment, or_dash, print, show, table, word};
-use super::{Exit, Failure, Global, parse_bytes, parse_duration, watch};
+use super::{Exit, Failure, Global, parse_bytes, parse_duration, protocols, watch};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -46,6 +47,10 @@ pub(crate) enum Command {
         /// Why, for the event log.
         #[arg(long, default_value = "")]
         reason: String,
+        /// What the volume travels over: NBD over mutual TLS, or iSCSI where both workers trust the network
+        /// (iscsi.trusted_networks).
+        #[arg(long, default_value = "nbd", value_parser = protocols())]
+        protocol: Protocol,
         /// Do not watch; exits with 6.
         #[arg(long)]
         detach: bool,
@@ -235,8 +240,8 @@ pub(crate) fn run(command: Command, global: &Global) -> Result<Exit, Failure> {
         Command::Start { machine } => {
             show(global.output, &agent.post::<Machine>(&path::machine_action(&machine, "start"), &Empty {})?, text);
         }
-        Command::Move { machine, to, reason, detach } => {
-            let request = MoveMachine { to, reason, ..MoveMachine::default() };
+        Command::Move { machine, to, reason, protocol, detach } => {
+            let request = MoveMachine { to, reason, protocol, ..MoveMachine::default() };
             let migration: Migration = agent.post(&path::machine_action(&machine, "move"), &request)?;
             return watch::migration(&mut agent, migration, global, detach);
         }

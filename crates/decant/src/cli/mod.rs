@@ -23,6 +23,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use decant_dataplane::Protocol;
 
 pub(crate) use agent::Agent;
 pub(crate) use failure::{Exit, Failure};
@@ -150,6 +151,13 @@ fn misused(error: &clap::Error) -> ExitCode {
         eprintln!("{}", Failure::usage("command line not understood", cause, "see --help").text(Output::Json));
     }
     ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(Exit::Usage as u8))
+}
+
+/// `--protocol`.
+pub(crate) fn protocols() -> impl clap::builder::TypedValueParser<Value = Protocol> {
+    use clap::builder::TypedValueParser as _;
+    clap::builder::PossibleValuesParser::new(["nbd", "iscsi"])
+        .map(|name| if name == "iscsi" { Protocol::Iscsi } else { Protocol::Nbd })
 }
 
 /// Reads `90s`, `10m`, `2h`, `1d` or `500ms` as milliseconds.

@@ -134,6 +134,7 @@ fn half_moved(stage: &Stage<'_>) -> anyhow::Result<(Load, MigrationId)> {
     let request = MoveMachine {
         to: Some(stage.site.worker(2).name.clone()),
         reason: "demo: a worker will be lost".to_owned(),
+        protocol: stage.args.protocol,
         ..MoveMachine::default()
     };
     let at = path::machine_action(&machine_id(ORDERS), "move");

@@ -25,8 +25,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use decant_base::Bytes;
+use decant_dataplane::Protocol;
 
-use crate::cli::{Exit, parse_bytes};
+use crate::cli::{Exit, parse_bytes, protocols};
 use link::Link;
 
 /// `decant demo`.
@@ -39,6 +40,7 @@ use link::Link;
     decant demo\n  \
     decant demo --moves 5 --report report.json --ledger ./ledger\n  \
     decant demo --link 200mbit,5ms\n  \
+    decant demo --protocol iscsi\n  \
     decant demo --keep"
 )]
 pub(crate) struct DemoArgs {
@@ -55,7 +57,7 @@ pub(crate) struct DemoArgs {
     #[arg(long, value_name = "RATE,DELAY", conflicts_with_all = ["keep", "lose_source", "lose_destination"])]
     link: Option<Link>,
     /// The block protocol between workers.
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, default_value = "nbd", value_parser = protocols())]
     protocol: Protocol,
     /// Write the report as JSON to this file.
     #[arg(long, value_name = "FILE")]
@@ -81,14 +83,6 @@ pub(crate) struct DemoArgs {
     /// Lose the destination for good while it fills, and take the machine back.
     #[arg(long)]
     lose_destination: bool,
-}
-
-/// The block protocols that the demo can use.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
-enum Protocol {
-    /// NBD over mutual TLS.
-    #[default]
-    Nbd,
 }
 
 /// Whether somebody wants the demo to end.
@@ -151,7 +145,6 @@ fn run(args: &DemoArgs) -> anyhow::Result<Exit> {
             flag.store(true, Ordering::Relaxed);
         }
     });
-    let Protocol::Nbd = args.protocol;
     if args.compare {
         compare::run(args, &interrupt)
     } else if args.lose_source {

@@ -303,7 +303,9 @@ fn config_text(worker: &Worker, all: &[Worker], lab: &Lab, keys: &Path) -> Strin
         "worker = \"{name}\"\nworker_index = {index}\nregion = \"demo\"\nstate_dir = {state_dir:?}\nrun_dir = {run_dir:?}\n\
          listen = \"[{address}]:{AGENT_PORT}\"\ndata_listen = \"[{address}]:0\"\n\n\
          [tls]\nca = \"ca.pem\"\ncert = \"{name}.pem\"\nkey = \"{name}.key\"\n\n\
-         [luks]\nheader = \"{header}\"\n\n[keys]\nsource = \"file\"\ndirectory = {keys:?}\n\n[network]\nid = 1\n\n",
+         [luks]\nheader = \"{header}\"\n\n[keys]\nsource = \"file\"\ndirectory = {keys:?}\n\n[network]\nid = 1\n\n\
+         [iscsi]\ntrusted_networks = [\"{network}\"]\n\n",
+        network = lab.network(),
     );
     for peer in all.iter().filter(|peer| peer.index != *index) {
         let (name, index, address) = (&peer.name, peer.index, lab.address(peer.index));

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use decant_api::{CreateVolume, Drain, Empty, Machine, MachineState, Migration, RunMachine, Volume, Worker, path};
 use decant_base::{Bytes, DrainId, MachineId, MigrationId, VolumeId};
-use decant_dataplane::VolumeStatus;
+use decant_dataplane::{Protocol, VolumeStatus};
 use decant_machine::{Bind, HealthCheck, Limits, MachineSpec, RestartPolicy};
 
 use super::client::{Load, LoadOptions};
@@ -285,7 +285,9 @@ impl<'a> Stage<'a> {
         self.drains += 1;
         let id = DrainId::new(format!("demo-drain-{}", self.drains))?;
         let (source, destination) = (self.site.worker(from), self.site.worker(to));
-        say(format_args!("$ decant drain {} --to {} --reason '{reason}'", source.name, destination.name));
+        let protocol = self.args.protocol.to_string();
+        let shown = if self.args.protocol == Protocol::Nbd { String::new() } else { format!(" --protocol {protocol}") };
+        say(format_args!("$ decant drain {} --to {}{shown} --reason '{reason}'", source.name, destination.name));
         let status = Command::new(self.site.program())
             .arg("--socket")
             .arg(source.socket())
@@ -296,6 +298,8 @@ impl<'a> Stage<'a> {
                 destination.name.as_str(),
                 "--id",
                 id.as_str(),
+                "--protocol",
+                &protocol,
                 "--reason",
                 reason,
             ])
