@@ -36,8 +36,9 @@ pub use decant_iscsi::chap::{Chap, Credentials, Secret, SecretError};
 pub use decant_iscsi::login::DigestPolicy;
 pub use decant_iscsi::target::Access;
 
-/// Most bytes of one READ or WRITE. A session's memory is bounded by this times the commands that it may have outstanding, 64.
-pub const MAX_TRANSFER: u32 = 1024 * 1024;
+/// Most bytes of one READ or WRITE: more than initiators ask for that do not look. A session's memory is bounded by this times the
+/// commands that it may have outstanding, 64.
+pub const MAX_TRANSFER: u32 = 4 * 1024 * 1024;
 /// Threads for work that may take long, of all connections together. They are made when they are needed.
 const WORKERS: usize = 4;
 
