@@ -18,7 +18,10 @@ const EDGES: &[(&str, &[&str])] = &[
     ("decant-machine", &["decant-base"]),
     ("decant-dataplane", &["decant-base"]),
     ("decant-drain", &["decant-base", "decant-dataplane", "decant-fsm"]),
-    ("decant-dataplane-user", &["decant-base", "decant-clone", "decant-dataplane", "decant-luks2", "decant-nbd"]),
+    (
+        "decant-dataplane-user",
+        &["decant-base", "decant-clone", "decant-dataplane", "decant-iscsi", "decant-luks2", "decant-nbd"],
+    ),
     ("decant-api", &["decant-base", "decant-dataplane", "decant-drain", "decant-machine", "decant-network"]),
     (
         "decant-agent",

@@ -9,7 +9,7 @@
 //! [`OriginSink`](crate::device::OriginSink); while it waits for the network, whoever asks puts the request on the wire himself.
 //! A connection that breaks, or that stays silent while it owes an answer, is made again, for ever, with bounded backoff; what
 //! it owed goes back to the pool and to whichever lane is up. Urgent requests have a connection of their own, so that they
-//! never queue behind megabytes of hydration. What differs between the protocols is a small trait, [`client::Client`].
+//! never queue behind megabytes of hydration. What differs between the protocols is a small trait, `client::Client`.
 
 mod client;
 mod connection;

@@ -27,8 +27,9 @@ use rustix::io::Errno;
 use crate::device::{Exported, Origin, OriginSink};
 use crate::engine::{self, Cipher, Engine, Files, Mode, OpenError, VerifyError};
 use crate::export::claim::{Claim, ClaimError, claim};
+use crate::export::iscsi::{Chap, DigestPolicy};
 use crate::export::{Address, ListenError, Server};
-use crate::origin::{NotConnected, Options, Remote, Timing};
+use crate::origin::{IscsiOptions, NotConnected, Options, Remote, Spec, Timing};
 use crate::tls::ClientTls;
 use front::{FileFront, Front};
 use local::LocalOrigin;
@@ -50,6 +51,19 @@ pub enum Source {
         /// Mutual TLS, or in the clear.
         tls: Option<ClientTls>,
     },
+    /// A disk over iSCSI.
+    Iscsi {
+        /// The target's portal.
+        address: Address,
+        /// The target's name (IQN).
+        target: String,
+        /// The logical unit.
+        lun: u16,
+        /// Our own name (IQN).
+        initiator: String,
+        /// What is proved to the target, and by it.
+        chap: Option<Chap>,
+    },
     /// A file or block device of this machine, that nobody writes meanwhile.
     File(PathBuf),
 }
@@ -58,6 +72,7 @@ impl std::fmt::Display for Source {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Nbd { address, .. } => write!(f, "{address}"),
+            Self::Iscsi { address, target, .. } => write!(f, "{target} at {address}"),
             Self::File(path) => write!(f, "{}", path.display()),
         }
     }
@@ -199,7 +214,8 @@ impl Standalone {
         let found = look(&options.meta)?;
         // Found in use before anything is made.
         let local = match (&options.source, &found) {
-            (_, Found::Whole(_) | Found::Map { complete: true, .. }) | (Source::Nbd { .. }, _) => None,
+            (_, Found::Whole(_) | Found::Map { complete: true, .. })
+            | (Source::Nbd { .. } | Source::Iscsi { .. }, _) => None,
             (Source::File(path), _) => Some(claim(path, false)?),
         };
         let size = match (&found, &local) {
@@ -249,17 +265,13 @@ impl Standalone {
                 .map_err(|source| io("connect for", &options.destination, source))?;
             engine.set_origin(origin, &options.source.to_string());
         }
-        let clone = Self { engine, meta: options.meta.clone(), server: None, file: None };
-        let fronts = clone.with_fronts(options);
-        let clone = match fronts {
-            Ok(clone) => clone,
-            Err((clone, error)) => {
-                // No thread of it may touch the files that are being taken away.
-                clone.engine.drop_origin();
-                let _ = clone.engine.close();
-                return Err(error);
-            }
-        };
+        let mut clone = Self { engine, meta: options.meta.clone(), server: None, file: None };
+        if let Err(error) = clone.open_fronts(options) {
+            // No thread of it may touch the files that are being taken away.
+            clone.engine.drop_origin();
+            let _ = clone.engine.close();
+            return Err(error);
+        }
         if fresh {
             let mut live = ExtentSet::new();
             live.insert(0..clone.engine.shape().size().div_ceil(BLOCK));
@@ -273,21 +285,16 @@ impl Standalone {
     }
 
     /// Reads wait until the clone begins, so fronts may be there before it.
-    fn with_fronts(mut self, options: &StandaloneOptions) -> Result<Self, (Self, StandaloneError)> {
+    fn open_fronts(&mut self, options: &StandaloneOptions) -> Result<(), StandaloneError> {
         if let Some(address) = &options.serve {
             let device: Arc<dyn Exported> = Arc::new(Front { engine: self.engine.clone() });
-            match Server::listen(address, None, "", device) {
-                Ok(server) => self.server = Some(server),
-                Err(error) => return Err((self, error.into())),
-            }
+            self.server = Some(Server::listen(address, None, "", device)?);
         }
         if let Some(path) = &options.fuse {
-            match FileFront::mount(path, self.engine.clone()) {
-                Ok(file) => self.file = Some(file),
-                Err(error) => return Err((self, io("mount the clone at", path, error))),
-            }
+            let file = FileFront::mount(path, self.engine.clone());
+            self.file = Some(file.map_err(|error| io("mount the clone at", path, error))?);
         }
-        Ok(self)
+        Ok(())
     }
 
     /// How far it is; `None` once it is whole.
@@ -403,17 +410,20 @@ fn look(meta: &Path) -> Result<Found, StandaloneError> {
     }
 }
 
-fn nbd_options(source: &Source, size: Option<u64>) -> Option<Options> {
-    let Source::Nbd { address, export, tls } = source else { return None };
-    Some(Options {
-        address: address.clone(),
-        tls: tls.clone(),
-        export: export.clone(),
-        size,
-        digests: false,
-        connections: if size.is_some() { CONNECTIONS } else { 1 },
-        timing: Timing::NETWORK,
-    })
+/// How to ask an origin on a network; without a size yet it is only asked for that.
+fn remote(source: &Source, size: Option<u64>) -> Option<Spec> {
+    let connections = if size.is_some() { CONNECTIONS } else { 1 };
+    match source.clone() {
+        Source::File(_) => None,
+        Source::Nbd { address, export, tls } => {
+            Some(Options { address, tls, export, size, digests: false, connections, timing: Timing::NETWORK }.into())
+        }
+        Source::Iscsi { address, target, lun, initiator, chap } => {
+            let digests = DigestPolicy::Preferred;
+            let timing = Timing::NETWORK;
+            Some(IscsiOptions { address, target, lun, initiator, chap, digests, size, connections, timing }.into())
+        }
+    }
 }
 
 /// Starts to ask the origin, which has to have `size` bytes. Never waits for a network.
@@ -423,12 +433,10 @@ fn connect(
     local: Option<Claim>,
     sink: Arc<dyn OriginSink>,
 ) -> std::io::Result<Arc<dyn Origin>> {
-    match (source, local) {
-        (Source::File(path), Some(claim)) => Ok(LocalOrigin::open(claim, path, sink)?),
-        _ => match nbd_options(source, Some(size)) {
-            Some(options) => Ok(Remote::open(options, sink)?),
-            None => Err(std::io::ErrorKind::NotFound.into()),
-        },
+    match (source, local, remote(source, Some(size))) {
+        (Source::File(path), Some(claim), _) => Ok(LocalOrigin::open(claim, path, sink)?),
+        (_, _, Some(spec)) => Ok(Remote::open(spec, sink)?),
+        _ => Err(std::io::ErrorKind::NotFound.into()),
     }
 }
 
@@ -442,9 +450,8 @@ fn probe(source: &Source) -> Result<u64, StandaloneError> {
         fn handle_done(&self, _token: u64, _result: Result<(), Errno>) {}
         fn handle_link(&self, _up: bool, _detail: &str) {}
     }
-    let no_address = || StandaloneError::Size("it is on no network".into());
-    let options = nbd_options(source, None).ok_or_else(no_address)?;
-    let origin = Remote::open(options, Arc::new(Nobody))
+    let spec = remote(source, None).ok_or_else(|| StandaloneError::Size("it is on no network".into()))?;
+    let origin = Remote::open(spec, Arc::new(Nobody))
         .map_err(|error| io("connect for", Path::new(&source.to_string()), error))?;
     Ok(origin.wait_connected(FIRST_SESSION)?.size)
 }

@@ -91,6 +91,24 @@ fn closing_does_not_wait_for_a_target_that_stands_still() {
     assert!(started.elapsed() < Duration::from_secs(1));
 }
 
+/// CVE-2024-7409: QEMU's NBD server fell over connections that said nothing while it ended.
+#[test]
+fn idle_connections_do_not_hold_up_a_shutdown() {
+    let (server, _disk, address) = serve(Disk::new(image(1 << 20)), &Shape::default());
+    let idle: Vec<TcpStream> = (0..20).map(|_| TcpStream::connect(address).unwrap()).collect();
+    let (origin, recorder) = open(options(address));
+    crate::fixture::eventually("all sessions are up", || origin.sessions() == 3);
+    let started = Instant::now();
+    server.close();
+    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+    recorder.wait_down("");
+    for mut stream in idle {
+        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        assert!(matches!(stream.read(&mut [0; 1]), Ok(0) | Err(_)), "it is closed");
+    }
+    recorder.close(&origin);
+}
+
 /// What a proxy does to what the target says: connection's number, position in what was said, the bytes; how many to pass on.
 type Fault = Arc<dyn Fn(u64, u64, &mut [u8]) -> usize + Send + Sync>;
 

@@ -458,7 +458,8 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Initiator<B> {
                 return Err(Violation::Dropped);
             }
             match self.clock.pinged {
-                Some((_, since)) if self.clock.heard > since => self.clock.pinged = None,
+                // It was sent because nothing had come for long, so what came in the same millisecond came after it.
+                Some((_, since)) if self.clock.heard >= since => self.clock.pinged = None,
                 Some((_, since)) if now.saturating_sub(since) >= self.config.ping_timeout_ms => {
                     return Err(Violation::OutOfPlace("a ping was not answered"));
                 }

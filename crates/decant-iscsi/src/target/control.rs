@@ -231,15 +231,14 @@ impl Connection {
     }
 
     fn answer_task_request<B: AsRef<[u8]>>(&mut self, task: u32, response: u8, out: &mut Outbox<B>) {
-        let response = TaskResponse {
-            is_final: true,
-            response,
-            task,
-            stat_sn: self.next_stat_sn(),
-            exp_cmd_sn: self.exp_cmd_sn,
-            max_cmd_sn: self.max_cmd_sn,
-        };
+        let (stat_sn, exp_cmd_sn, max_cmd_sn) = self.numbers();
+        let response = TaskResponse { is_final: true, response, task, stat_sn, exp_cmd_sn, max_cmd_sn };
         self.put(&response.into(), &[], out);
+    }
+
+    /// StatSN of the next answer, which takes it, with ExpCmdSN and MaxCmdSN.
+    fn numbers(&mut self) -> (Serial, Serial, Serial) {
+        (self.next_stat_sn(), self.exp_cmd_sn, self.max_cmd_sn)
     }
 
     /// Ends a task without an answer; one that runs when it has run.
@@ -309,15 +308,9 @@ impl Connection {
     }
 
     fn answer_logout<B: AsRef<[u8]>>(&mut self, task: u32, response: u8, out: &mut Outbox<B>) {
-        let response = LogoutResponse {
-            is_final: true,
-            response,
-            task,
-            stat_sn: self.next_stat_sn(),
-            exp_cmd_sn: self.exp_cmd_sn,
-            max_cmd_sn: self.max_cmd_sn,
-            ..LogoutResponse::default()
-        };
+        let (stat_sn, exp_cmd_sn, max_cmd_sn) = self.numbers();
+        let default = LogoutResponse::default();
+        let response = LogoutResponse { is_final: true, response, task, stat_sn, exp_cmd_sn, max_cmd_sn, ..default };
         self.put(&response.into(), &[], out);
     }
 

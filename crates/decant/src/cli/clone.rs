@@ -8,6 +8,9 @@ use std::sync::Arc;
 use clap::{Args, Subcommand};
 use decant_base::Bytes;
 use decant_dataplane_user::export::Address;
+use decant_dataplane_user::export::iscsi::Chap;
+use decant_dataplane_user::iscsi::NAMING_AUTHORITY;
+use decant_dataplane_user::origin::{IscsiUrl, UrlError};
 use decant_dataplane_user::standalone::{Source, Standalone, StandaloneError, StandaloneOptions};
 use decant_dataplane_user::tls::{ClientTls, Fingerprint};
 use serde_json::{Map, Value};
@@ -24,6 +27,7 @@ use super::{Exit, Failure, Global, parse_bytes, secrets};
         where it ended. ORIGIN must not change meanwhile.\n\n\
         Examples:\n  \
         decant clone nbd://10.0.0.7/disk disk.img --meta disk.map --serve unix:/run/disk.sock\n  \
+        decant clone iscsi://10.0.0.7/iqn.2026-11.com.example:a/0 disk.img --meta disk.map --serve unix:s --chap chap\n  \
         decant clone /dev/vg0/old /dev/vg1/new --meta new.map --fuse /run/new.img --limit 50M\n  \
         decant clone status --meta disk.map -o json\n  \
         decant clone detach --meta disk.map                   once nothing is missing"
@@ -103,8 +107,8 @@ fn parse_limit(text: &str) -> Result<Limit, String> {
 #[derive(Debug, Args)]
 #[command(group = clap::ArgGroup::new("front").args(["serve", "fuse"]).required(true).multiple(true))]
 struct Start {
-    /// Where missing blocks come from: nbd://HOST[:PORT]/EXPORT, nbds:// (with --tls), nbd+unix:///EXPORT?socket=PATH, or a file
-    /// or block device of this machine that nobody writes.
+    /// Where missing blocks come from: nbd://HOST[:PORT]/EXPORT, nbds:// (with --tls), nbd+unix:///EXPORT?socket=PATH,
+    /// iscsi://HOST[:PORT]/IQN/LUN, or a file or block device of this machine that nobody writes.
     origin: String,
     /// What is filled: a regular file, made if it is not there, or a block device that nobody uses.
     destination: PathBuf,
@@ -129,6 +133,12 @@ struct Start {
     /// The SHA-256 fingerprint that the server's certificate must have.
     #[arg(long, value_name = "HEX", requires = "tls")]
     peer: Option<Fingerprint>,
+    /// Secrets for iscsi://: what we prove, and perhaps the target: `username`, `password`, `username_in`, `password_in`.
+    #[arg(long, value_name = "FILE")]
+    chap: Option<PathBuf>,
+    /// Our name for iscsi://, by which a target may know us.
+    #[arg(long, value_name = "IQN", default_value_t = format!("{NAMING_AUTHORITY}:clone"))]
+    initiator: String,
 }
 
 pub(crate) fn run(args: CloneArgs, global: &Global) -> Result<Exit, Failure> {
@@ -150,13 +160,22 @@ pub(crate) fn run(args: CloneArgs, global: &Global) -> Result<Exit, Failure> {
     }
 }
 
+/// What we show an origin of ourselves.
+struct Proofs {
+    tls: Option<ClientTls>,
+    chap: Option<Chap>,
+    initiator: String,
+}
+
 /// What an origin's text says; a path is what has no scheme.
-fn parse_origin(text: &str, tls: Option<ClientTls>) -> Result<Source, Failure> {
+fn parse_origin(text: &str, proofs: Proofs) -> Result<Source, Failure> {
+    let Proofs { tls, chap, initiator } = proofs;
     let wrong = |cause: String| {
         Failure::usage(
             "origin not understood",
             cause,
-            "write nbd://HOST[:PORT]/EXPORT, nbds://HOST[:PORT]/EXPORT with --tls, nbd+unix:///EXPORT?socket=PATH, or a path",
+            "write nbd://HOST[:PORT]/EXPORT, nbds://HOST[:PORT]/EXPORT with --tls, nbd+unix:///EXPORT?socket=PATH, \
+             iscsi://HOST[:PORT]/IQN/LUN, or a path",
         )
     };
     let Some((scheme, rest)) = text.split_once("://") else {
@@ -164,6 +183,9 @@ fn parse_origin(text: &str, tls: Option<ClientTls>) -> Result<Source, Failure> {
     };
     if (scheme == "nbds") != tls.is_some() {
         return Err(wrong("nbds:// and --tls belong together".into()));
+    }
+    if scheme != "iscsi" && chap.is_some() {
+        return Err(wrong("--chap is for iscsi://".into()));
     }
     match scheme {
         "nbd+unix" => {
@@ -175,6 +197,11 @@ fn parse_origin(text: &str, tls: Option<ClientTls>) -> Result<Source, Failure> {
             let (host, export) = rest.split_once('/').unwrap_or((rest, ""));
             let address = Address::Tcp(resolve(host, NBD_PORT)?);
             Ok(Source::Nbd { address, export: export.to_owned(), tls })
+        }
+        "iscsi" => {
+            let url: IscsiUrl = text.parse().map_err(|error: UrlError| wrong(error.to_string()))?;
+            let address = url.resolve().map_err(|error| wrong(format!("{}: {error}", url.host)))?;
+            Ok(Source::Iscsi { address: Address::Tcp(address), target: url.target, lun: url.lun, initiator, chap })
         }
         _ => Err(wrong(format!("{scheme}:// is not spoken"))),
     }
@@ -199,12 +226,14 @@ fn options(start: &Start) -> Result<StandaloneOptions, Failure> {
         Some(text) => Some(secrets::identity(text)?.client(start.peer).map_err(certificates)?),
         None => None,
     };
+    let chap = start.chap.as_deref().map(secrets::chap).transpose()?;
+    let proofs = Proofs { tls, chap, initiator: start.initiator.clone() };
     if start.destination == start.meta {
         let cause = "DEST and --meta name the same file";
         return Err(Failure::usage("map not usable", cause, "name another file for the map"));
     }
     Ok(StandaloneOptions {
-        source: parse_origin(&start.origin, tls)?,
+        source: parse_origin(&start.origin, proofs)?,
         destination: start.destination.clone(),
         meta: start.meta.clone(),
         serve: start.serve.as_deref().map(parse_serve).transpose()?,
@@ -292,9 +321,14 @@ fn facts(options: &StandaloneOptions, clone: &Standalone, control: &Path) -> Map
 mod tests {
     use super::*;
 
+    fn nobody() -> Proofs {
+        Proofs { tls: None, chap: None, initiator: "iqn.2026-11.dev.decant:test".to_owned() }
+    }
+
     fn origin(text: &str) -> Result<(Address, String), Failure> {
-        match parse_origin(text, None)? {
+        match parse_origin(text, nobody())? {
             Source::Nbd { address, export, .. } => Ok((address, export)),
+            Source::Iscsi { address, target, lun, .. } => Ok((address, format!("{target}/{lun}"))),
             Source::File(path) => panic!("{text} is the file {}", path.display()),
         }
     }
@@ -304,10 +338,12 @@ mod tests {
         let tcp = |text: &str| Address::Tcp(text.parse().expect("an address"));
         assert_eq!(origin("nbd://127.0.0.1:10811/a").expect("valid"), (tcp("127.0.0.1:10811"), "a".to_owned()));
         assert_eq!(origin("nbd://[::1]").expect("valid"), (tcp("[::1]:10809"), String::new()));
+        let iscsi = origin("iscsi://127.0.0.1/iqn.2026-11.dev.decant:a/1").expect("valid");
+        assert_eq!(iscsi, (tcp("127.0.0.1:3260"), "iqn.2026-11.dev.decant:a/1".to_owned()));
         let unix = Address::Unix("/tmp/s".into());
         assert_eq!(origin("nbd+unix:///x?socket=/tmp/s").expect("valid"), (unix, "x".to_owned()));
-        assert!(matches!(parse_origin("/dev/sda", None), Ok(Source::File(path)) if path == Path::new("/dev/sda")));
-        for text in ["", "nbd+unix:///x", "http://a/b", "nbds://127.0.0.1/a"] {
+        assert!(matches!(parse_origin("/dev/sda", nobody()), Ok(Source::File(path)) if path == Path::new("/dev/sda")));
+        for text in ["", "nbd+unix:///x", "http://a/b", "nbds://127.0.0.1/a", "iscsi://u%s@127.0.0.1/iqn.a:b/0"] {
             assert_eq!(origin(text).expect_err("invalid").exit, Exit::Usage, "{text}");
         }
     }

@@ -7,12 +7,10 @@ use std::sync::Arc;
 use clap::Args;
 use decant_dataplane_user::device::Exported;
 use decant_dataplane_user::export::claim::{ClaimError, claim};
-use decant_dataplane_user::export::iscsi::{IscsiOptions, IscsiServer};
+use decant_dataplane_user::export::iscsi::{Access, DigestPolicy, IscsiOptions, IscsiServer};
 use decant_dataplane_user::export::{Address, FileMedium, ListenError, Server};
 use decant_dataplane_user::iscsi::NAMING_AUTHORITY;
 use decant_dataplane_user::tls::Fingerprint;
-use decant_iscsi::login::DigestPolicy;
-use decant_iscsi::target::Access;
 use serde_json::{Map, Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -53,20 +51,20 @@ pub(crate) struct ExportArgs {
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
     /// Secrets that an initiator proves, and the target if it is to: `username`, `password`, `username_in`, `password_in`.
-    #[arg(long, value_name = "FILE", requires = "iscsi")]
+    #[arg(long, value_name = "FILE", conflicts_with = "nbd")]
     chap: Option<PathBuf>,
     /// Take connections from this address only; repeatable.
-    #[arg(long, value_name = "IP", requires = "iscsi")]
+    #[arg(long, value_name = "IP", conflicts_with = "nbd")]
     allow: Vec<IpAddr>,
     /// Whether headers and data carry checksums.
-    #[arg(long, value_name = "never|allowed|required", requires = "iscsi", default_value = "allowed",
+    #[arg(long, value_name = "never|allowed|required", conflicts_with = "nbd", default_value = "allowed",
           value_parser = ["never", "allowed", "required"])]
     digests: String,
     /// Bytes of a logical block.
-    #[arg(long, value_name = "512|4096", requires = "iscsi", default_value = "512", value_parser = ["512", "4096"])]
+    #[arg(long, value_name = "512|4096", conflicts_with = "nbd", default_value = "512", value_parser = ["512", "4096"])]
     block_size: String,
     /// Mutual TLS: a directory with ca.pem, NAME.pem and NAME.key, or the three files. Clients show a certificate of that CA.
-    #[arg(long, value_name = "DIR|CA,CERT,KEY", requires = "nbd")]
+    #[arg(long, value_name = "DIR|CA,CERT,KEY", conflicts_with = "iscsi")]
     tls: Option<String>,
     /// The SHA-256 fingerprint that the client's certificate must have.
     #[arg(long, value_name = "HEX", requires = "tls")]
@@ -189,7 +187,6 @@ fn iscsi(args: &ExportArgs, address: &str, medium: &Arc<FileMedium>) -> Result<(
         None => iqn_of(&args.source),
     };
     let chap = args.chap.as_deref().map(secrets::chap).transpose()?;
-    let user = chap.as_ref().map(|chap| format!("{}@", chap.initiator().name)).unwrap_or_default();
     let address = resolve(address, ISCSI_PORT)?;
     if chap.is_none() && args.allow.is_empty() && !address.ip().is_loopback() {
         tracing::warn!(%address, "no --chap and no --allow: whoever reaches this address can log in");
@@ -209,7 +206,7 @@ fn iscsi(args: &ExportArgs, address: &str, medium: &Arc<FileMedium>) -> Result<(
     };
     let device: Arc<dyn Exported> = medium.clone();
     let server = IscsiServer::listen(options, device).map_err(|error| listen_failure(&error))?;
-    let mut facts = facts(args, medium, format!("iscsi://{user}{}/{name}/0", server.local_addr()));
+    let mut facts = facts(args, medium, format!("iscsi://{}/{name}/0", server.local_addr()));
     facts.insert("target".to_owned(), name.into());
     facts.insert("lun".to_owned(), 0.into());
     Ok((Serving::Iscsi(server), facts))

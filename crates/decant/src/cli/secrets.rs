@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use decant_dataplane_user::export::iscsi::{Chap, Credentials, Secret};
 use decant_dataplane_user::tls::{Identity, Paths};
-use decant_iscsi::chap::{Chap, Credentials, Secret};
 
 use super::Failure;
 

@@ -2,12 +2,9 @@
 
 use crate::stream::Aligned;
 
-/// Small buffers have this many bytes, large ones the largest transfer.
-const SMALL: usize = 16 * 1024;
-const LARGE: usize = super::MAX_TRANSFER as usize;
-/// Bytes that a connection keeps for its next requests: what a full queue of small ones needs, and a few large ones.
-const KEPT_SMALL: usize = 72;
-const KEPT_LARGE: usize = 8;
+/// Bytes of a buffer, and how many of that size a connection keeps for its next requests: a full queue of small ones, some of
+/// what initiators commonly ask for at a time, and two of the largest transfer. That is 13 MiB at most.
+const SIZES: [(usize, usize); 3] = [(16 * 1024, 72), (512 * 1024, 8), (super::MAX_TRANSFER as usize, 2)];
 
 /// The bytes of one request, aligned for direct I/O.
 pub(super) struct Buffer {
@@ -35,25 +32,23 @@ impl AsRef<[u8]> for Buffer {
 
 /// Buffers that nobody uses; the last that came back goes out first, since it is the one in the processor's cache.
 #[derive(Default)]
-pub(super) struct Spare {
-    small: Vec<Aligned>,
-    large: Vec<Aligned>,
-}
+pub(super) struct Spare([Vec<Aligned>; SIZES.len()]);
 
 impl Spare {
     /// A buffer of `length` bytes, with anything in them.
     pub(super) fn take(&mut self, length: usize) -> Buffer {
-        let (kept, size) = if length <= SMALL { (&mut self.small, SMALL) } else { (&mut self.large, LARGE) };
-        let memory = kept.pop().unwrap_or_else(|| Aligned::new(size.max(length)));
+        let fitting = SIZES.iter().zip(&mut self.0).find(|((size, _), _)| length <= *size);
+        let memory = match fitting {
+            Some(((size, _), kept)) => kept.pop().unwrap_or_else(|| Aligned::new(*size)),
+            None => Aligned::new(length),
+        };
         Buffer { memory, length }
     }
 
-    /// Takes one back.
+    /// Takes one back; one of an unusual size, or too many, are given up.
     pub(super) fn put(&mut self, buffer: Buffer) {
-        let (kept, most) =
-            if buffer.memory.len() <= SMALL { (&mut self.small, KEPT_SMALL) } else { (&mut self.large, KEPT_LARGE) };
-        // One of an unusual size would be handed out for a larger request.
-        if kept.len() < most && matches!(buffer.memory.len(), SMALL | LARGE) {
+        let fitting = SIZES.iter().zip(&mut self.0).find(|((size, _), _)| buffer.memory.len() == *size);
+        if let Some((_, kept)) = fitting.filter(|((_, most), kept)| kept.len() < *most) {
             kept.push(buffer.memory);
         }
     }

@@ -4,8 +4,8 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use decant_iscsi::chap::RANDOM_BYTES;
@@ -16,11 +16,11 @@ use rustix::net::{RecvFlags, SendFlags};
 
 use super::Shared;
 use super::buffers::{Buffer, Spare};
-use super::perform::{Ended, failure, perform};
-use crate::device::{Exported, ReadSink, Served};
+use super::inbox::{Arrived, Inbox, Parked, work};
+use super::perform::{Ended, failure};
+use crate::device::Served;
 use crate::export::doors::Visitor;
-use crate::export::read_waiting;
-use crate::stream::{Kick, Socket, Wait, now};
+use crate::stream::{Socket, Wait, now};
 
 /// Bytes read at a time where headers are; more than the longest header and the longest text.
 const INPUT: usize = 64 * 1024;
@@ -44,46 +44,6 @@ enum Broken {
     Protocol(#[from] Violation),
     #[error("the export is closing")]
     Closing,
-}
-
-/// Where outcomes arrive that were not had at once.
-struct Inbox {
-    /// Task, how often its slot was given out, and what came of it.
-    ended: Mutex<Vec<(TaskId, u64, Ended, Option<Buffer>)>>,
-    kick: Arc<Kick>,
-}
-
-impl Inbox {
-    fn put(&self, task: TaskId, serial: u64, ended: Ended, buffer: Option<Buffer>) {
-        self.ended.lock().unwrap_or_else(PoisonError::into_inner).push((task, serial, ended, buffer));
-        self.kick.kick();
-    }
-
-    fn take(&self) -> Vec<(TaskId, u64, Ended, Option<Buffer>)> {
-        std::mem::take(&mut self.ended.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-}
-
-/// A read that waits for its bytes.
-struct Parked {
-    inbox: Arc<Inbox>,
-    task: TaskId,
-    serial: u64,
-    offset: u64,
-}
-
-impl ReadSink for Parked {
-    fn complete(self: Box<Self>, result: Result<&[u8], Errno>) {
-        let ended = match result {
-            Ok(bytes) => {
-                let mut buffer = Spare::default().take(bytes.len());
-                buffer.bytes().copy_from_slice(bytes);
-                Ended::Data(buffer)
-            }
-            Err(errno) => Ended::Failed(failure(errno, Some(self.offset))),
-        };
-        self.inbox.put(self.task, self.serial, ended, None);
-    }
 }
 
 /// What the driver knows of a task.
@@ -132,7 +92,7 @@ pub(super) fn run(shared: &Arc<Shared>, visitor: Visitor) {
     let mut link = Link {
         shared,
         socket: Arc::new(socket),
-        inbox: Arc::new(Inbox { ended: Mutex::default(), kick }),
+        inbox: Arc::new(Inbox::new(kick)),
         machine,
         out: Outbox::default(),
         slots,
@@ -185,7 +145,9 @@ impl Link<'_> {
                 Some(filled) => filled,
                 None => {
                     let want = match (self.out.is_empty(), full) {
-                        (true, _) => Wait::Read,
+                        (true, false) => Wait::Read,
+                        // The protocol takes nothing more before something else has happened.
+                        (true, true) => Wait::Hangup,
                         (false, true) => Wait::Write,
                         (false, false) => Wait::ReadWrite,
                     };
@@ -345,7 +307,7 @@ impl Link<'_> {
         let (device, inbox) = (Arc::clone(&self.shared.device), Arc::clone(&self.inbox));
         self.shared.workers.submit(Box::new(move || {
             let (ended, buffer) = work(&*device, request, buffer, pattern);
-            inbox.put(task, serial, ended, buffer);
+            inbox.put(Arrived { task, serial, ended, buffer });
         }));
     }
 
@@ -358,7 +320,7 @@ impl Link<'_> {
 
     /// What other threads have done for this connection, and to it.
     fn handle_kick(&mut self) -> Result<(), Broken> {
-        for (task, serial, ended, buffer) in self.inbox.take() {
+        for Arrived { task, serial, ended, buffer } in self.inbox.take() {
             let Some(slot) = self.slots.get_mut(task.0 as usize).filter(|slot| slot.away == Some(serial)) else {
                 continue;
             };
@@ -514,31 +476,6 @@ impl Link<'_> {
             let _ = self.handle_kick();
             self.requests.clear();
         }
-    }
-}
-
-/// What a worker does; gives the buffer back that may be needed again.
-fn work(
-    device: &dyn Exported,
-    request: Request,
-    buffer: Option<Buffer>,
-    mut pattern: Vec<u8>,
-) -> (Ended, Option<Buffer>) {
-    match (request, buffer) {
-        (Request::Read { offset, .. }, Some(mut buffer)) => {
-            // FUA: what is cached must be on the medium first.
-            let read = device.flush().and_then(|()| read_waiting(device, offset, buffer.bytes()));
-            match read {
-                Ok(()) => (Ended::Data(buffer), None),
-                Err(errno) => (Ended::Failed(failure(errno, Some(offset))), None),
-            }
-        }
-        // What is to be compared with must outlive the writing of it.
-        (Request::Write { keep: true, .. }, Some(buffer)) => {
-            (perform(device, request, &mut buffer.as_ref().to_vec()), Some(buffer))
-        }
-        (_, Some(mut buffer)) => (perform(device, request, buffer.bytes()), Some(buffer)),
-        (_, None) => (perform(device, request, &mut pattern), None),
     }
 }
 

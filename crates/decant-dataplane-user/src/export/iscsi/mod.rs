@@ -9,11 +9,12 @@
 //!
 //! A connection's thread owns its protocol machine, does what is quick itself, and never waits for the rest: that is handed
 //! to a few workers, or to the device, which answers a parked read whenever it can; both leave the outcome in the
-//! connection's [`inbox`](connection) and kick its thread. So one flush or one missing block holds up nobody else. What the
+//! connection's `inbox` and kick its thread. So one flush or one missing block holds up nobody else. What the
 //! connections of a target share is behind one lock, which nobody holds while doing I/O.
 
 mod buffers;
 mod connection;
+mod inbox;
 mod perform;
 
 use std::collections::HashMap;
@@ -21,9 +22,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use decant_iscsi::login::{DigestPolicy, Offer};
+use decant_iscsi::login::Offer;
 use decant_iscsi::scsi::Disk;
-use decant_iscsi::target::{Access, Config, ConnectionId, Limits, Target};
+use decant_iscsi::target::{Config, ConnectionId, Limits, Target};
 
 use super::doors::{Doors, Visitor};
 use super::workers::Workers;
@@ -31,8 +32,13 @@ use super::{Address, ListenError, Served};
 use crate::device::Exported;
 use crate::stream::{Kick, Listener};
 
-/// Most bytes of one READ or WRITE. A session's memory is bounded by this times the commands that it may have outstanding, 64.
-pub const MAX_TRANSFER: u32 = 1024 * 1024;
+pub use decant_iscsi::chap::{Chap, Credentials, Secret, SecretError};
+pub use decant_iscsi::login::DigestPolicy;
+pub use decant_iscsi::target::Access;
+
+/// Most bytes of one READ or WRITE: more than initiators ask for that do not look. A session's memory is bounded by this times the
+/// commands that it may have outstanding, 64.
+pub const MAX_TRANSFER: u32 = 4 * 1024 * 1024;
 /// Threads for work that may take long, of all connections together. They are made when they are needed.
 const WORKERS: usize = 4;
 
@@ -103,8 +109,12 @@ impl IscsiServer {
             digests: device.digests(0, 0, &mut Vec::new()).is_some(),
         };
         let offer = Offer { header_digest: digests, data_digest: digests, ..Offer::default() };
-        // No addresses: SendTargets gives the one that the initiator came to, which also works through a NAT.
-        let config = Config { name, addresses: Vec::new(), portal_group: 1, access, offer, limits: Limits::default() };
+        // Where it listens on all addresses, SendTargets gives none: the initiator takes the one it came to.
+        let addresses = match &bound {
+            Address::Tcp(address) if !address.ip().is_unspecified() => vec![address.to_string()],
+            _ => Vec::new(),
+        };
+        let config = Config { name, addresses, portal_group: 1, access, offer, limits: Limits::default() };
         let doors = Arc::new(Doors::new("iscsi", &peers).map_err(ListenError::Start)?);
         let shared = Arc::new(Shared {
             device,

@@ -1,0 +1,3 @@
+//! Entry points for fuzzing, shared with the tests of `decant-iscsi`.
+
+pub mod entries;
