@@ -132,18 +132,14 @@ impl Exported for FileMedium {
             return Ok(());
         }
         // On a block device too: a discard where that leaves zeros, else zeros are written by the device or the kernel.
-        let kinds = [FallocateFlags::PUNCH_HOLE, FallocateFlags::ZERO_RANGE];
-        let mut result = Err(Errno::OPNOTSUPP);
-        for kind in kinds {
-            result = rustix::fs::fallocate(&self.claim.file, kind | FallocateFlags::KEEP_SIZE, offset, length);
-            if result != Err(Errno::OPNOTSUPP) {
-                break;
+        for kind in [FallocateFlags::PUNCH_HOLE, FallocateFlags::ZERO_RANGE] {
+            match rustix::fs::fallocate(&self.claim.file, kind | FallocateFlags::KEEP_SIZE, offset, length) {
+                // EINVAL: a part of one of a device's larger blocks.
+                Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::INTR) => {}
+                result => return self.landed("a discard", result),
             }
         }
-        if result == Err(Errno::OPNOTSUPP) {
-            return self.write_zeros(offset, length);
-        }
-        self.landed("a discard", result)
+        self.write_zeros(offset, length)
     }
 
     fn flush(&self) -> Result<(), Errno> {
