@@ -107,8 +107,8 @@ fn parse_limit(text: &str) -> Result<Limit, String> {
 #[derive(Debug, Args)]
 #[command(group = clap::ArgGroup::new("front").args(["serve", "fuse"]).required(true).multiple(true))]
 struct Start {
-    /// Where missing blocks come from: nbd://HOST[:PORT]/EXPORT, nbds:// (with --tls), nbd+unix:///EXPORT?socket=PATH,
-    /// iscsi://HOST[:PORT]/IQN/LUN, or a file or block device of this machine that nobody writes.
+    /// Where missing blocks come from: nbd://HOST:PORT/EXPORT, nbds:// (with --tls), nbd+unix:///EXPORT?socket=PATH,
+    /// iscsi://HOST:PORT/IQN/LUN, or a file or block device of this machine that nobody writes.
     origin: String,
     /// What is filled: a regular file, made if it is not there, or a block device that nobody uses.
     destination: PathBuf,
