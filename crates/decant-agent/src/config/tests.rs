@@ -80,7 +80,7 @@ fn errors_name_key_cause_and_fix() {
           |
         3 | regoin = "local"
           | ^^^^^^
-        unknown field `regoin`, expected one of `worker`, `worker_index`, `region`, `state_dir`, `run_dir`, `listen`, `data_listen`, `labels`, `capacity`, `tls`, `luks`, `keys`, `network`, `drain`, `peers`, `proxy`, `program`
+        unknown field `regoin`, expected one of `worker`, `worker_index`, `region`, `state_dir`, `run_dir`, `listen`, `data_listen`, `labels`, `capacity`, `tls`, `luks`, `keys`, `network`, `drain`, `iscsi`, `peers`, `proxy`, `program`
           fix: compare with the reference in docs/agent.md"#]],
     );
     check(
