@@ -34,8 +34,14 @@ const QEMU_ISCSI: &str = "../lib/aarch64-linux-gnu/qemu/block-iscsi.so";
 const QEMU_ISCSI: &str = "../lib/x86_64-linux-gnu/qemu/block-iscsi.so";
 
 /// Peers that only benchmarks use.
-pub(crate) const BENCH_PEERS: &[(&str, &str)] =
-    &[("fio", "fio"), ("nbdkit", "nbdkit"), ("nbdcopy", "libnbd-bin"), ("qemu-storage-daemon", "qemu-system-common")];
+pub(crate) const BENCH_PEERS: &[(&str, &str)] = &[
+    ("fio", "fio"),
+    ("nbdkit", "nbdkit"),
+    ("nbdcopy", "libnbd-bin"),
+    ("qemu-storage-daemon", "qemu-system-common"),
+    ("iscsi-perf", "libiscsi-bin"),
+    ("tgtd", "tgt"),
+];
 
 /// Installs what is missing for tests, after naming it. None of these packages starts a daemon, and none that is there is removed.
 pub(crate) fn ensure() -> anyhow::Result<()> {

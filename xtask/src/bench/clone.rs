@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::spread::Spread;
 use super::{Bench, Server, await_that, output};
 
-const MIB: u64 = 1 << 20;
+pub(super) const MIB: u64 = 1 << 20;
 
 /// An origin served by nbdkit over TCP on loopback.
 struct Origin {
@@ -37,12 +37,12 @@ impl Origin {
     }
 }
 
-fn free_port() -> anyhow::Result<u16> {
+pub(super) fn free_port() -> anyhow::Result<u16> {
     Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
 /// Bytes that neither compress nor repeat: xorshift64*, seeded, so that every run has the same.
-fn fill(image: &Path, size: u64) -> anyhow::Result<()> {
+pub(super) fn fill(image: &Path, size: u64) -> anyhow::Result<()> {
     let mut file = std::io::BufWriter::with_capacity(1 << 20, std::fs::File::create(image)?);
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     for _ in 0..size / 8 {
@@ -56,7 +56,7 @@ fn fill(image: &Path, size: u64) -> anyhow::Result<()> {
 }
 
 /// A fresh clone of ours, served on a unix socket.
-struct Ours {
+pub(super) struct Ours {
     _server: Server,
     decant: PathBuf,
     socket: PathBuf,
@@ -64,25 +64,25 @@ struct Ours {
 }
 
 impl Ours {
-    fn start(bench: &Bench, origin: &Origin, hydrate: &str) -> anyhow::Result<Self> {
+    pub(super) fn start(bench: &Bench, origin: &str, hydrate: &str) -> anyhow::Result<Self> {
         let [image, meta, socket] = ["clone.img", "clone.map", "clone.sock"].map(|name| bench.path(name));
         let control = bench.path("clone.map.sock");
         for path in [&image, &meta, &socket, &control] {
             let _ = std::fs::remove_file(path);
         }
         let mut command = Command::new(&bench.decant);
-        command.args(["clone", &origin.uri]).arg(&image).arg("--meta").arg(&meta);
+        command.args(["clone", origin]).arg(&image).arg("--meta").arg(&meta);
         command.arg("--serve").arg(format!("unix:{}", socket.display())).args(["--hydrate", hydrate]);
         let server = Server::start(&mut command)?;
         await_that("decant clone", || UnixStream::connect(&socket).is_ok())?;
         Ok(Self { _server: server, decant: bench.decant.clone(), socket, control })
     }
 
-    fn uri(&self) -> String {
+    pub(super) fn uri(&self) -> String {
         format!("nbd+unix:///?socket={}", self.socket.display())
     }
 
-    fn missing(&self) -> anyhow::Result<u64> {
+    pub(super) fn missing(&self) -> anyhow::Result<u64> {
         let mut command = Command::new(&self.decant);
         command.args(["-o", "json", "clone", "status", "--control"]).arg(&self.control);
         let status: Value = serde_json::from_str(&output(&mut command)?)?;
@@ -109,7 +109,7 @@ pub(super) fn reads(bench: &Bench) -> anyhow::Result<String> {
     let origin = Origin::serve(bench, size)?;
     let (mut ours, mut cow, mut direct) = (Spread::default(), Spread::default(), Spread::default());
     for _ in 0..bench.rounds {
-        let clone = Ours::start(bench, &origin, "off")?;
+        let clone = Ours::start(bench, &origin.uri, "off")?;
         ours.push(random_reads(&clone.uri(), size)?);
         drop(clone);
         let socket = bench.path("cow.sock");
@@ -143,7 +143,7 @@ pub(super) fn hydration(bench: &Bench) -> anyhow::Result<String> {
     let rate = |took: Duration| (size / MIB) as f64 / took.as_secs_f64();
     for _ in 0..bench.rounds {
         let began = Instant::now();
-        let clone = Ours::start(bench, &origin, "on")?;
+        let clone = Ours::start(bench, &origin.uri, "on")?;
         while clone.missing()? > 0 {
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -162,7 +162,7 @@ pub(super) fn hydration(bench: &Bench) -> anyhow::Result<String> {
     ))
 }
 
-fn flush(uri: &str) -> anyhow::Result<()> {
+pub(super) fn flush(uri: &str) -> anyhow::Result<()> {
     output(Command::new("qemu-io").args(["-f", "raw", "-c", "flush", uri])).map(drop)
 }
 

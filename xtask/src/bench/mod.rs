@@ -1,7 +1,9 @@
 //! The figures of BENCHMARKS.md: ours and each peer on the same work, in the same run, interleaved; medians with spread.
 
 mod clone;
+mod delay;
 mod demo;
+mod iscsi;
 mod spread;
 
 use std::path::PathBuf;
@@ -30,6 +32,8 @@ enum What {
     Reads,
     /// Hydration of 1 GiB, against QEMU's block-stream.
     Hydration,
+    /// Our iSCSI target against tgt, and hydration over iSCSI beside NBD at several distances.
+    Iscsi,
     /// The demo's figures: interruption, bytes moved, brownout.
     Demo,
 }
@@ -46,6 +50,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     }
     if wanted(What::Hydration) {
         sections.push(("hydration", clone::hydration(&bench)?));
+    }
+    if wanted(What::Iscsi) {
+        sections.push(("iscsi", format!("{}\n{}", iscsi::targets(&bench)?, iscsi::hydration(&bench)?)));
     }
     if wanted(What::Demo) {
         sections.push(("demo", demo::figures(&bench)?));
