@@ -74,8 +74,10 @@ impl Ours {
         command.args(["clone", origin]).arg(&image).arg("--meta").arg(&meta);
         command.arg("--serve").arg(format!("unix:{}", socket.display())).args(["--hydrate", hydrate]);
         let server = Server::start(&mut command)?;
-        await_that("decant clone", || UnixStream::connect(&socket).is_ok())?;
-        Ok(Self { _server: server, decant: bench.decant.clone(), socket, control })
+        let clone = Self { _server: server, decant: bench.decant.clone(), socket, control };
+        // It answers for itself once clients can connect.
+        await_that("decant clone", || clone.control.exists() && clone.missing().is_ok())?;
+        Ok(clone)
     }
 
     pub(super) fn uri(&self) -> String {
