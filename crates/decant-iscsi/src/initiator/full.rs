@@ -256,7 +256,7 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Initiator<B> {
     fn probe_answered(&mut self, step: Step, answer: Result<Vec<u8>, Failure>) -> Result<(), Violation> {
         let Phase::Probing(probe) = &mut self.phase else { return Ok(()) };
         match probe.answered(step, answer.as_deref().map_err(|failure| *failure)).map_err(unusable)? {
-            Some(next) => self.ask_probe(next),
+            Some(next) => next.into_iter().for_each(|step| self.ask_probe(step)),
             None => {
                 self.device = probe.device().clone();
                 match &self.known {
@@ -272,8 +272,8 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Initiator<B> {
 
     fn restart_probe(&mut self) -> Result<(), Violation> {
         let Phase::Probing(probe) = &mut self.phase else { return Ok(()) };
-        let step = Probe::restart(probe).map_err(unusable)?;
-        self.ask_probe(step);
+        let next = Probe::restart(probe).map_err(unusable)?;
+        next.into_iter().for_each(|step| self.ask_probe(step));
         Ok(())
     }
 

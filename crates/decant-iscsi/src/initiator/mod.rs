@@ -443,8 +443,9 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Initiator<B> {
         self.params = params;
         self.exp_stat_sn = exp_stat_sn;
         self.decoder.set_negotiated(params.digests, params.max_receive);
-        self.phase = Phase::Probing(Box::new(Probe::new()));
-        self.ask_probe(probe::Step::Ready);
+        let (probe, first) = Probe::new();
+        self.phase = Phase::Probing(Box::new(probe));
+        first.into_iter().for_each(|step| self.ask_probe(step));
     }
 
     /// Time passes: to be called when [`Self::poll_timeout`] says, or more often.

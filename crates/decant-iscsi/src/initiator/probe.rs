@@ -48,6 +48,14 @@ pub(super) enum Unusable {
     Failed(Failure),
 }
 
+/// The questions, in waves: those of one wave need no answer of another, so a wave costs one round trip.
+const WAVES: [&[Step]; 3] = [
+    // Takes the unit attentions, one after another.
+    &[Step::Ready],
+    &[Step::Inquiry, Step::Pages, Step::Capacity16],
+    &[Step::Serial, Step::Identification, Step::Limits, Step::Digests],
+];
+
 /// The questions so far.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Probe {
@@ -55,11 +63,21 @@ pub(super) struct Probe {
     /// Pages that the disk says it has.
     pages: Vec<u8>,
     restarts: u32,
+    /// Of [`WAVES`], those that were asked.
+    waves: usize,
+    /// Questions that are not answered.
+    pending: usize,
+    /// What was learnt may be wrong: all is asked again once nothing is pending.
+    stale: bool,
 }
 
 impl Probe {
-    pub(super) fn new() -> Self {
-        Self { device: Device::default(), pages: Vec::new(), restarts: 0 }
+    /// With the first questions.
+    pub(super) fn new() -> (Self, Vec<Step>) {
+        let mut probe =
+            Self { device: Device::default(), pages: Vec::new(), restarts: 0, waves: 0, pending: 0, stale: false };
+        let first = probe.next_wave().unwrap_or_default();
+        (probe, first)
     }
 
     /// What was found.
@@ -67,18 +85,38 @@ impl Probe {
         &self.device
     }
 
-    /// A unit attention came instead of an answer: what was learnt before it may be wrong.
-    pub(super) fn restart(&mut self) -> Result<Step, Unusable> {
+    /// A unit attention came instead of an answer: what was learnt before it may be wrong. The next questions, if nothing is
+    /// pending.
+    pub(super) fn restart(&mut self) -> Result<Vec<Step>, Unusable> {
         self.restarts = self.restarts.saturating_add(1);
         if self.restarts > MAX_RESTARTS {
             return Err(Unusable::For("it has unit attentions without end"));
         }
-        (self.device, self.pages) = (Device::default(), Vec::new());
-        Ok(Step::Ready)
+        self.pending = self.pending.saturating_sub(1);
+        self.stale = true;
+        Ok(self.begin_anew())
     }
 
-    /// Takes an answer; the next question, or `None` when all are answered.
-    pub(super) fn answered(&mut self, step: Step, answer: Result<&[u8], Failure>) -> Result<Option<Step>, Unusable> {
+    fn begin_anew(&mut self) -> Vec<Step> {
+        if self.pending > 0 {
+            return Vec::new();
+        }
+        let restarts = self.restarts;
+        let (anew, first) = Self::new();
+        *self = Self { restarts, ..anew };
+        first
+    }
+
+    /// Takes an answer; the next questions, if there are any now, or `None` when all are answered.
+    pub(super) fn answered(
+        &mut self,
+        step: Step,
+        answer: Result<&[u8], Failure>,
+    ) -> Result<Option<Vec<Step>>, Unusable> {
+        self.pending = self.pending.saturating_sub(1);
+        if self.stale {
+            return Ok(Some(self.begin_anew()));
+        }
         let optional = !matches!(step, Step::Ready | Step::Inquiry | Step::Capacity10);
         let data = match answer {
             Ok(data) => data,
@@ -91,7 +129,10 @@ impl Probe {
             Step::Pages => self.pages = page(data, 0x00).unwrap_or_default().to_vec(),
             Step::Serial => self.device.take_serial(data),
             Step::Identification => self.device.take_identification(data),
-            Step::Capacity16 if answer.is_err() => return Ok(Some(Step::Capacity10)),
+            Step::Capacity16 if answer.is_err() => {
+                self.pending = self.pending.saturating_add(1);
+                return Ok(Some(vec![Step::Capacity10]));
+            }
             Step::Capacity16 => self.device.take_capacity_16(data).map_err(Unusable::For)?,
             Step::Capacity10 => self.device.take_capacity_10(data).map_err(Unusable::For)?,
             Step::Limits => self.device.take_limits(data),
@@ -101,29 +142,30 @@ impl Probe {
                 self.device.digests = support;
             }
         }
-        Ok(self.after(step))
+        Ok(if self.pending > 0 { Some(Vec::new()) } else { self.next_wave() })
     }
 
-    fn after(&self, step: Step) -> Option<Step> {
-        const ORDER: &[Step] = &[
-            Step::Ready,
-            Step::Inquiry,
-            Step::Pages,
-            Step::Serial,
-            Step::Identification,
-            Step::Capacity16,
-            Step::Limits,
-            Step::Digests,
-        ];
-        let step = if step == Step::Capacity10 { Step::Capacity16 } else { step };
-        let rest = ORDER.iter().skip_while(move |other| **other != step).skip(1);
-        rest.copied().find(|next| match next {
+    /// The questions of the next wave that has any; `None` after the last.
+    fn next_wave(&mut self) -> Option<Vec<Step>> {
+        while let Some(wave) = WAVES.get(self.waves) {
+            self.waves = self.waves.saturating_add(1);
+            let asked: Vec<Step> = wave.iter().copied().filter(|step| self.is_worth_asking(*step)).collect();
+            self.pending = asked.len();
+            if !asked.is_empty() {
+                return Some(asked);
+            }
+        }
+        None
+    }
+
+    fn is_worth_asking(&self, step: Step) -> bool {
+        match step {
             Step::Serial => self.pages.contains(&0x80),
             Step::Identification => self.pages.contains(&0x83),
             Step::Limits => self.pages.contains(&0xb0),
             // Another vendor's D5h may do anything.
             Step::Digests => self.device.vendor == OWN_VENDOR,
             _ => true,
-        })
+        }
     }
 }
