@@ -61,6 +61,23 @@ pub struct Claim {
     pub is_block_device: bool,
 }
 
+impl Claim {
+    /// Fills `buffer` from `offset`; past the end is EIO.
+    pub(crate) fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), Errno> {
+        let mut done = 0;
+        while done < buffer.len() {
+            match rustix::io::pread(&self.file, &mut buffer[done..], offset + done as u64) {
+                // The file was cut short by somebody: what was there is not zeros.
+                Ok(0) => return Err(Errno::IO),
+                Ok(count) => done += count,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Opens `path` for reading, and for writing if asked. Writers share with nobody, readers with readers.
 ///
 /// # Errors

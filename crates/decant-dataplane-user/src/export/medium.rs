@@ -74,7 +74,7 @@ impl FileMedium {
     /// Reads what is cached; `None`: some of it is not.
     fn read_cached(&self, offset: u64, buffer: &mut [u8]) -> Result<Option<()>, Errno> {
         if !self.nowait.load(Ordering::Relaxed) {
-            return read_full(&self.claim, offset, buffer).map(Some);
+            return self.claim.read(offset, buffer).map(Some);
         }
         let mut into = [std::io::IoSliceMut::new(buffer)];
         match rustix::io::preadv2(self.claim.file.as_fd(), &mut into, offset, ReadWriteFlags::NOWAIT) {
@@ -210,21 +210,7 @@ fn answer(claim: &Claim, offset: u64, length: usize, sink: Box<dyn ReadSink>) {
         if scratch.len() < length {
             *scratch = Aligned::new(length);
         }
-        let result = read_full(claim, offset, scratch.slice_mut(0..length));
+        let result = claim.read(offset, scratch.slice_mut(0..length));
         sink.complete(result.map(|()| scratch.slice(0..length)));
     });
-}
-
-fn read_full(claim: &Claim, offset: u64, buffer: &mut [u8]) -> Result<(), Errno> {
-    let mut done = 0;
-    while done < buffer.len() {
-        match rustix::io::pread(&claim.file, &mut buffer[done..], offset + done as u64) {
-            // The file was cut short by somebody: what was there is not zeros.
-            Ok(0) => return Err(Errno::IO),
-            Ok(count) => done += count,
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }

@@ -142,16 +142,7 @@ fn answer_piece(job: &mut Job, claim: &Claim, buffer: &mut Aligned, sink: &dyn O
     }
     let count = (end - at).min(PIECE);
     let bytes = buffer.slice_mut(0..count as usize);
-    let mut filled = 0;
-    while filled < bytes.len() {
-        match rustix::io::pread(&claim.file, &mut bytes[filled..], at + filled as u64) {
-            // It was cut short by somebody: what was there is not zeros.
-            Ok(0) => return Err(Errno::IO),
-            Ok(count) => filled += count,
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error),
-        }
-    }
+    claim.read(at, bytes)?;
     match want {
         Want::Data => sink.handle_data(token, at, bytes),
         Want::Digests => {
