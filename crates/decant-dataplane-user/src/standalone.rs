@@ -9,6 +9,7 @@
 
 mod front;
 mod local;
+mod opened;
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -24,20 +25,18 @@ use decant_dataplane::CloneStatus;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
-use crate::device::{Exported, Origin, OriginSink};
+use crate::device::Exported;
 use crate::engine::{self, Cipher, Engine, Files, Mode, OpenError, VerifyError};
 use crate::export::claim::{Claim, ClaimError, claim};
-use crate::export::iscsi::{Chap, DigestPolicy};
+use crate::export::iscsi::Chap;
 use crate::export::{Address, ListenError, Server};
-use crate::origin::{IscsiOptions, NotConnected, Options, Remote, Spec, Timing};
+use crate::origin::NotConnected;
 use crate::tls::ClientTls;
 use front::{FileFront, Front};
-use local::LocalOrigin;
+use opened::Opened;
 
 /// How long the first session with the origin may take.
 const FIRST_SESSION: Duration = Duration::from_secs(10);
-/// Connections to the origin: one for reads that somebody waits for, the others for hydration.
-const CONNECTIONS: usize = 3;
 
 /// Where a clone's missing blocks come from.
 #[derive(Clone)]
@@ -213,17 +212,16 @@ impl Standalone {
     pub fn start(options: &StandaloneOptions) -> Result<Self, StandaloneError> {
         let found = look(&options.meta)?;
         // Found in use before anything is made.
-        let local = match (&options.source, &found) {
-            (_, Found::Whole(_) | Found::Map { complete: true, .. })
-            | (Source::Nbd { .. } | Source::Iscsi { .. }, _) => None,
-            (Source::File(path), _) => Some(claim(path, false)?),
-        };
-        let size = match (&found, &local) {
+        let opened = Opened::of(&options.source, &found)?;
+        let size = match (&found, &opened) {
             (Found::Map { size, .. } | Found::Whole(size), _) => *size,
-            (Found::Nothing, Some(claim)) => claim.size,
-            (Found::Nothing, None) => probe(&options.source)?,
+            (Found::Nothing, Opened::Local(_, claim)) => claim.size,
+            (Found::Nothing, Opened::Remote(remote, _)) => remote.wait_connected(FIRST_SESSION)?.size,
+            (Found::Nothing, Opened::Nothing) => unreachable!("a clone that is not there yet has an origin"),
         };
-        if let Some(claim) = local.as_ref().filter(|claim| claim.size != size) {
+        if let Opened::Local(_, claim) = &opened
+            && claim.size != size
+        {
             return Err(StandaloneError::Size(format!("it has {} bytes, the map is of {size}", claim.size)));
         }
         let shape = Shape::new(size, 512).map_err(|error| StandaloneError::Size(error.to_string()))?;
@@ -245,7 +243,7 @@ impl Standalone {
             cipher: Arc::new(Plaintext),
             boot: engine::boot_id().map_err(|source| io("read", Path::new("boot_id"), source))?,
         })?;
-        let started = Self::serve(options, engine, local, matches!(found, Found::Nothing));
+        let started = Self::serve(options, engine, opened, matches!(found, Found::Nothing));
         if started.is_ok() {
             made.0.clear();
         }
@@ -255,14 +253,11 @@ impl Standalone {
     fn serve(
         options: &StandaloneOptions,
         engine: Arc<Engine>,
-        local: Option<Claim>,
+        opened: Opened,
         fresh: bool,
     ) -> Result<Self, StandaloneError> {
         engine.pause(!options.hydrate);
-        if !engine.is_plain() {
-            let sink: Arc<dyn OriginSink> = engine.clone();
-            let origin = connect(&options.source, engine.shape().size(), local, sink)
-                .map_err(|source| io("connect for", &options.destination, source))?;
+        if let Some(origin) = opened.origin(&engine)? {
             engine.set_origin(origin, &options.source.to_string());
         }
         let mut clone = Self { engine, meta: options.meta.clone(), server: None, file: None };
@@ -408,52 +403,6 @@ fn look(meta: &Path) -> Result<Found, StandaloneError> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Found::Nothing),
         Err(error) => Err(io("read", &done, error)),
     }
-}
-
-/// How to ask an origin on a network; without a size yet it is only asked for that.
-fn remote(source: &Source, size: Option<u64>) -> Option<Spec> {
-    let connections = if size.is_some() { CONNECTIONS } else { 1 };
-    match source.clone() {
-        Source::File(_) => None,
-        Source::Nbd { address, export, tls } => {
-            Some(Options { address, tls, export, size, digests: false, connections, timing: Timing::NETWORK }.into())
-        }
-        Source::Iscsi { address, target, lun, initiator, chap } => {
-            let digests = DigestPolicy::Preferred;
-            let timing = Timing::NETWORK;
-            Some(IscsiOptions { address, target, lun, initiator, chap, digests, size, connections, timing }.into())
-        }
-    }
-}
-
-/// Starts to ask the origin, which has to have `size` bytes. Never waits for a network.
-fn connect(
-    source: &Source,
-    size: u64,
-    local: Option<Claim>,
-    sink: Arc<dyn OriginSink>,
-) -> std::io::Result<Arc<dyn Origin>> {
-    match (source, local, remote(source, Some(size))) {
-        (Source::File(path), Some(claim), _) => Ok(LocalOrigin::open(claim, path, sink)?),
-        (_, _, Some(spec)) => Ok(Remote::open(spec, sink)?),
-        _ => Err(std::io::ErrorKind::NotFound.into()),
-    }
-}
-
-/// The size of an origin on the network.
-fn probe(source: &Source) -> Result<u64, StandaloneError> {
-    struct Nobody;
-    impl OriginSink for Nobody {
-        fn handle_data(&self, _token: u64, _offset: u64, _data: &[u8]) {}
-        fn handle_hole(&self, _token: u64, _offset: u64, _length: u64) {}
-        fn handle_digests(&self, _token: u64, _offset: u64, _crc32c: &[u32]) {}
-        fn handle_done(&self, _token: u64, _result: Result<(), Errno>) {}
-        fn handle_link(&self, _up: bool, _detail: &str) {}
-    }
-    let spec = remote(source, None).ok_or_else(|| StandaloneError::Size("it is on no network".into()))?;
-    let origin = Remote::open(spec, Arc::new(Nobody))
-        .map_err(|error| io("connect for", Path::new(&source.to_string()), error))?;
-    Ok(origin.wait_connected(FIRST_SESSION)?.size)
 }
 
 /// Opens the destination, and sees to it that it is what `found` says.

@@ -103,7 +103,7 @@ impl Lane<'_> {
         self.haggle(&mut stream, deadline)?;
         let Some(terms) = self.slot.lock().core.terms() else { return Err(Broken::Over) };
         let (found, what) = (terms.found.size, shared.settings.what);
-        if let Some(expected) = shared.settings.size
+        if let Some(expected) = shared.size()
             && expected != found
         {
             return Err(Broken::WrongSize { what, found, expected });
@@ -112,7 +112,7 @@ impl Lane<'_> {
         self.slot.lock().open(stream, terms.clone());
         shared.session_up(&terms, self.sink);
         self.kick_lanes(shared.pool.up(self.index));
-        if self.index == 0 && terms.several {
+        if self.index == 0 {
             shared.slots.iter().skip(1).for_each(|slot| slot.kick.kick());
         }
         let since = now();

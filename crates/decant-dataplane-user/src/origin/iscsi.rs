@@ -109,8 +109,17 @@ pub(super) fn parts(options: IscsiOptions) -> io::Result<(Settings, impl Fn(usiz
         ping_timeout_ms: PING,
     };
     let known = Arc::new(Mutex::new(None));
-    let settings =
-        Settings { protocol: "iscsi", address, tls: None, name, size, what: "the disk", connections, timing };
+    let settings = Settings {
+        protocol: "iscsi",
+        address,
+        tls: None,
+        name,
+        size,
+        what: "the disk",
+        connections,
+        at_once: true,
+        timing,
+    };
     let make = move |lane: usize| -> Box<dyn Client> {
         // ISID of type "random" (RFC 7143 11.12.5): 24 bits of it, and a number.
         let [a, b, c] = random;

@@ -60,8 +60,17 @@ pub(super) fn parts(options: Options) -> (Settings, impl Fn(usize) -> Box<dyn Cl
         contexts: Contexts { allocation: false, digests },
         max_outstanding: MAX_OUTSTANDING,
     };
-    let settings =
-        Settings { protocol: "nbd", address, tls, name: export, size, what: "the export", connections, timing };
+    let settings = Settings {
+        protocol: "nbd",
+        address,
+        tls,
+        name: export,
+        size,
+        what: "the export",
+        connections,
+        at_once: false,
+        timing,
+    };
     (settings, move |_| Box::new(Nbd::new(config.clone())))
 }
 

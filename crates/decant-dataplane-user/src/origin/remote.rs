@@ -28,6 +28,8 @@ pub(super) struct Settings {
     pub(super) what: &'static str,
     /// How many, 1..=8.
     pub(super) connections: usize,
+    /// Whether they may all be made at once; else the first session says whether there may be others.
+    pub(super) at_once: bool,
     pub(super) timing: Timing,
 }
 
@@ -197,10 +199,16 @@ impl Drop for Remote {
 }
 
 impl Shared {
-    /// Whether further lanes may connect; known once the first session is up.
+    /// Whether further lanes may connect.
     pub(super) fn may_share(&self) -> bool {
         let link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
-        link.terms.as_ref().is_some_and(|terms| terms.several)
+        self.settings.at_once || link.terms.as_ref().is_some_and(|terms| terms.several)
+    }
+
+    /// The size that a session must find: what was asked for, or what the first one found.
+    pub(super) fn size(&self) -> Option<u64> {
+        let link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
+        self.settings.size.or_else(|| link.terms.as_ref().map(|terms| terms.found.size))
     }
 
     pub(super) fn is_closed(&self) -> bool {

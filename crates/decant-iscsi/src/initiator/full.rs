@@ -187,8 +187,8 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Initiator<B> {
         match verdict {
             Verdict::Changed if ready => Err(Violation::Changed),
             Verdict::Changed | Verdict::Again(_) if !ready => {
-                self.tasks.remove(slot);
-                self.restart_probe()
+                let Some(Task { order: Order::Probe(step), .. }) = self.tasks.remove(slot) else { return Ok(()) };
+                self.probe_goes_on(|probe| probe.interrupted(step))
             }
             Verdict::Again(_) => {
                 self.put_off(slot, PROMPT_TRIES);
@@ -254,8 +254,15 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Initiator<B> {
     }
 
     fn probe_answered(&mut self, step: Step, answer: Result<Vec<u8>, Failure>) -> Result<(), Violation> {
+        self.probe_goes_on(|probe| probe.answered(step, answer.as_deref().map_err(|failure| *failure)))
+    }
+
+    fn probe_goes_on(
+        &mut self,
+        event: impl FnOnce(&mut Probe) -> Result<Option<Vec<Step>>, Unusable>,
+    ) -> Result<(), Violation> {
         let Phase::Probing(probe) = &mut self.phase else { return Ok(()) };
-        match probe.answered(step, answer.as_deref().map_err(|failure| *failure)).map_err(unusable)? {
+        match event(probe).map_err(unusable)? {
             Some(next) => next.into_iter().for_each(|step| self.ask_probe(step)),
             None => {
                 self.device = probe.device().clone();
@@ -267,13 +274,6 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Initiator<B> {
                 self.events.push_back(Event::Ready);
             }
         }
-        Ok(())
-    }
-
-    fn restart_probe(&mut self) -> Result<(), Violation> {
-        let Phase::Probing(probe) = &mut self.phase else { return Ok(()) };
-        let next = Probe::restart(probe).map_err(unusable)?;
-        next.into_iter().for_each(|step| self.ask_probe(step));
         Ok(())
     }
 

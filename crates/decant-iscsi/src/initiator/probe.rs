@@ -49,10 +49,9 @@ pub(super) enum Unusable {
 }
 
 /// The questions, in waves: those of one wave need no answer of another, so a wave costs one round trip.
-const WAVES: [&[Step]; 3] = [
-    // Takes the unit attentions, one after another.
-    &[Step::Ready],
-    &[Step::Inquiry, Step::Pages, Step::Capacity16],
+const WAVES: [&[Step]; 2] = [
+    // The first takes the unit attention that most disks have for who is new.
+    &[Step::Ready, Step::Inquiry, Step::Pages, Step::Capacity16],
     &[Step::Serial, Step::Identification, Step::Limits, Step::Digests],
 ];
 
@@ -67,6 +66,8 @@ pub(super) struct Probe {
     waves: usize,
     /// Questions that are not answered.
     pending: usize,
+    /// Whether anything was learnt.
+    learnt: bool,
     /// What was learnt may be wrong: all is asked again once nothing is pending.
     stale: bool,
 }
@@ -74,8 +75,15 @@ pub(super) struct Probe {
 impl Probe {
     /// With the first questions.
     pub(super) fn new() -> (Self, Vec<Step>) {
-        let mut probe =
-            Self { device: Device::default(), pages: Vec::new(), restarts: 0, waves: 0, pending: 0, stale: false };
+        let mut probe = Self {
+            device: Device::default(),
+            pages: Vec::new(),
+            restarts: 0,
+            waves: 0,
+            pending: 0,
+            learnt: false,
+            stale: false,
+        };
         let first = probe.next_wave().unwrap_or_default();
         (probe, first)
     }
@@ -85,16 +93,20 @@ impl Probe {
         &self.device
     }
 
-    /// A unit attention came instead of an answer: what was learnt before it may be wrong. The next questions, if nothing is
-    /// pending.
-    pub(super) fn restart(&mut self) -> Result<Vec<Step>, Unusable> {
+    /// A unit attention came instead of an answer to `step`: what was learnt before it may be wrong. The next questions, if
+    /// there are any now, or `None` when all are answered.
+    pub(super) fn interrupted(&mut self, step: Step) -> Result<Option<Vec<Step>>, Unusable> {
         self.restarts = self.restarts.saturating_add(1);
         if self.restarts > MAX_RESTARTS {
             return Err(Unusable::For("it has unit attentions without end"));
         }
         self.pending = self.pending.saturating_sub(1);
+        if step == Step::Ready && !self.learnt {
+            // That is what it was asked for; what else was asked comes after it, and says itself if the disk is not ready.
+            return Ok(self.go_on());
+        }
         self.stale = true;
-        Ok(self.begin_anew())
+        Ok(Some(self.begin_anew()))
     }
 
     fn begin_anew(&mut self) -> Vec<Step> {
@@ -123,6 +135,7 @@ impl Probe {
             Err(failure) if optional && failure.is_refusal() => &[],
             Err(failure) => return Err(Unusable::Failed(failure)),
         };
+        self.learnt = true;
         match step {
             Step::Ready => {}
             Step::Inquiry => self.device.take_inquiry(data).map_err(Unusable::For)?,
@@ -142,7 +155,11 @@ impl Probe {
                 self.device.digests = support;
             }
         }
-        Ok(if self.pending > 0 { Some(Vec::new()) } else { self.next_wave() })
+        Ok(self.go_on())
+    }
+
+    fn go_on(&mut self) -> Option<Vec<Step>> {
+        if self.pending > 0 { Some(Vec::new()) } else { self.next_wave() }
     }
 
     /// The questions of the next wave that has any; `None` after the last.
