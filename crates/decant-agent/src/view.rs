@@ -247,13 +247,7 @@ pub(crate) fn merge(one: api::Migration, other: api::Migration) -> api::Migratio
     let (s, d) = (source.timings, destination.timings);
     let is_granted =
         destination.phase >= api::MigrationPhase::Granted && destination.phase < api::MigrationPhase::Cancelling;
-    let phase = match (source.phase, destination.phase) {
-        (api::MigrationPhase::Stuck, _) | (_, api::MigrationPhase::Stuck) => api::MigrationPhase::Stuck,
-        (source, destination) if is_granted && source < api::MigrationPhase::Cancelling => {
-            source.max(destination.min(api::MigrationPhase::Verified))
-        }
-        (source, _) => source,
-    };
+    let phase = joint_phase(source.phase, destination.phase);
     api::Migration {
         phase,
         timings: api::Timings {
@@ -267,5 +261,45 @@ pub(crate) fn merge(one: api::Migration, other: api::Migration) -> api::Migratio
         progress: if is_granted { destination.progress } else { source.progress },
         why: if is_granted { destination.why.or(source.why) } else { source.why.or(destination.why) },
         ..source
+    }
+}
+
+/// How far a migration is, by what its two ends say. It is over when it is for both: until then either of them still refuses
+/// orders that would meet it.
+fn joint_phase(source: api::MigrationPhase, destination: api::MigrationPhase) -> api::MigrationPhase {
+    use api::MigrationPhase as P;
+    if source == P::Stuck || destination == P::Stuck {
+        return P::Stuck;
+    }
+    let is_granted = |phase| (P::Granted..P::Cancelling).contains(&phase);
+    match source.max(destination) {
+        P::Cleaned if is_granted(source) && is_granted(destination) => source.min(destination).max(P::Verified),
+        further if is_granted(destination) && source < P::Cancelling => further,
+        _ => source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::joint_phase;
+    use decant_api::MigrationPhase as P;
+
+    #[test]
+    fn a_migration_is_over_when_it_is_for_both_ends() {
+        let cases = [
+            ((P::Preparing, P::Prepared), P::Preparing),
+            ((P::Sealed, P::Hydrating), P::Hydrating),
+            ((P::Hydrating, P::Verified), P::Verified),
+            ((P::Verified, P::Cleaned), P::Verified),
+            ((P::Cleaned, P::Verified), P::Verified),
+            ((P::Cleaned, P::Cleaned), P::Cleaned),
+            ((P::Cancelling, P::Preparing), P::Cancelling),
+            ((P::Cancelled, P::Cancelling), P::Cancelled),
+            ((P::Stuck, P::Hydrating), P::Stuck),
+            ((P::Granted, P::Stuck), P::Stuck),
+        ];
+        for ((source, destination), joint) in cases {
+            assert_eq!(joint_phase(source, destination), joint, "{source:?}, {destination:?}");
+        }
     }
 }
