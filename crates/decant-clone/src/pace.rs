@@ -2,7 +2,9 @@
 //!
 //! The window follows bandwidth x round trip, both measured: the best delivery rate of the last two seconds and the shortest
 //! time to a first byte of the last twenty. Twice that product keeps a long link full and doubles each round trip while it is not;
-//! a window that is too large only lengthens the queue that a guest's read waits in, so it shrinks while such reads come.
+//! a window that is too large only lengthens the queue that a guest's read waits in, so it shrinks while such reads come: to the
+//! product itself, which fills the link and leaves next to no queue. What is measured then is our own restraint and not
+//! the link, so the window is whole for one round trip in each second, and while the rate still grows.
 
 use std::time::Duration;
 
@@ -17,6 +19,8 @@ const RUN_TIME: Duration = Duration::from_millis(4);
 /// After a guest's read of a missing block, or a flush, the hydration holds back this long.
 const YIELD_TIME: Duration = Duration::from_millis(50);
 const RATE_SPAN: Duration = Duration::from_secs(1);
+/// A rate that has not grown for so many round trips is the link's.
+const GROWTH_TRIPS: u128 = 3;
 const TRIP_SPAN: Duration = Duration::from_secs(10);
 
 /// Best of the current and the previous span.
@@ -57,6 +61,8 @@ pub struct Sent {
 pub struct Pace {
     delivered: u64,
     rate: Best,
+    /// When more was measured than before, by a quarter or more.
+    grew: Duration,
     trip: Best,
     foreground: Option<Duration>,
     limit: Option<u64>,
@@ -70,6 +76,7 @@ impl Pace {
         Self {
             delivered: 0,
             rate: Best::default(),
+            grew: now,
             trip: Best::default(),
             foreground: None,
             limit: None,
@@ -150,7 +157,13 @@ impl Pace {
             }
             _ => 2 * run,
         };
-        if self.yields(now) { (product / 2).clamp(run, MAX_WINDOW) } else { (product * 2).clamp(4 * run, MAX_WINDOW) }
+        let grows = now.saturating_sub(self.grew).as_nanos() < GROWTH_TRIPS * u128::from(trip);
+        let measures = grows || now.as_nanos() % RATE_SPAN.as_nanos() < u128::from(trip);
+        if self.yields(now) && !measures {
+            product.next_multiple_of(run).clamp(run, MAX_WINDOW)
+        } else {
+            (product * 2).clamp(4 * run, MAX_WINDOW)
+        }
     }
 
     /// A fetch goes out; `bulk` bytes count against the limit (a guest's read is not held by it, and not charged).
@@ -176,8 +189,11 @@ impl Pace {
         let elapsed = now.saturating_sub(sent.at).as_nanos();
         let bytes = self.delivered.saturating_sub(sent.delivered);
         if elapsed > 0 && bytes > 0 {
-            let rate = u128::from(bytes) * 1_000_000_000 / elapsed;
-            self.rate.add(now, RATE_SPAN, rate.min(u128::from(u64::MAX >> 16)) as u64, u64::max);
+            let rate = (u128::from(bytes) * 1_000_000_000 / elapsed).min(u128::from(u64::MAX >> 16)) as u64;
+            if self.rate.best(u64::max).is_none_or(|best| rate > best / 4 * 5) {
+                self.grew = now;
+            }
+            self.rate.add(now, RATE_SPAN, rate, u64::max);
         }
     }
 }
@@ -188,14 +204,24 @@ mod tests {
 
     use super::*;
 
-    /// A link of `rate` bytes a second and `trip` round trip; returns bytes per second over the last half of `span`.
-    fn run_link(rate: u64, trip: Duration, limit: Option<u64>, guest: bool) -> (u64, u64) {
+    /// What became of a hydration.
+    struct Seen {
+        /// Bytes per second over the last half of the time.
+        got: u64,
+        /// The most in flight.
+        most: u64,
+        /// How long a guest's read would have queued at the link before its own bytes: the median of the last half.
+        queue: Duration,
+    }
+
+    /// A link of `rate` bytes a second and `trip` round trip.
+    fn run_link(rate: u64, trip: Duration, limit: Option<u64>, guest: bool) -> Seen {
         let span = Duration::from_secs(4);
         let mut now = Duration::ZERO;
         let mut pace = Pace::new(now);
         pace.set_limit(now, limit);
         let (mut queue, mut in_flight, mut link_free) = (VecDeque::new(), 0, Duration::ZERO);
-        let (mut late, mut most) = (0, 0);
+        let (mut late, mut most, mut queues) = (0, 0, Vec::new());
         while now < span {
             if guest {
                 pace.foreground(now);
@@ -214,6 +240,9 @@ mod tests {
                 in_flight += run;
             }
             most = most.max(in_flight);
+            if now > span / 2 {
+                queues.push(link_free.saturating_sub(now + trip / 2));
+            }
             let next = queue.front().map(|entry| entry.0);
             now = match (next, held) {
                 (Some(a), Some(b)) => a.min(b),
@@ -227,7 +256,8 @@ mod tests {
                 late += if now > span / 2 { run } else { 0 };
             }
         }
-        (late / 2, most)
+        queues.sort();
+        Seen { got: late / 2, most, queue: queues[queues.len() / 2] }
     }
 
     #[test]
@@ -235,7 +265,7 @@ mod tests {
         for (rate, trip) in
             [(25_000_000, 5), (125_000_000, 40), (1_000_000_000, 20), (125_000_000, 150), (1_000_000, 1)]
         {
-            let (got, most) = run_link(rate, Duration::from_millis(trip), None, false);
+            let Seen { got, most, .. } = run_link(rate, Duration::from_millis(trip), None, false);
             assert!(got > rate * 9 / 10, "{rate} B/s at {trip} ms: {got} with at most {most} in flight");
             let product = rate * trip / 1000;
             assert!(most <= 3 * product + 6 * MAX_RUN, "{rate} B/s at {trip} ms: {most} in flight");
@@ -245,11 +275,15 @@ mod tests {
     #[test]
     fn a_limit_holds_and_a_guest_is_let_through() {
         for limit in [100_000, 5_000_000, 80_000_000] {
-            let (got, _) = run_link(125_000_000, Duration::from_millis(5), Some(limit), false);
+            let Seen { got, .. } = run_link(125_000_000, Duration::from_millis(5), Some(limit), false);
             assert!(got <= limit * 11 / 10 && got >= limit * 9 / 10, "limit {limit}: {got}");
         }
-        let (got, most) = run_link(25_000_000, Duration::from_millis(5), None, true);
-        assert!(got > 2_500_000, "progress under load: {got}");
-        assert!(most <= 256 << 10, "queue before a guest's read: {most}");
+        for (rate, trip) in [(25_000_000, 5), (25_000_000, 10), (125_000_000, 80)] {
+            let trip = Duration::from_millis(trip);
+            let Seen { got, queue, .. } = run_link(rate, trip, None, true);
+            assert!(got > rate / 4 * 3, "{rate} B/s at {trip:?}: progress under load: {got}");
+            let runs = Duration::from_nanos(3 * MIN_RUN * 1_000_000_000 / rate);
+            assert!(queue <= runs.max(trip / 2), "{rate} B/s at {trip:?}: a guest's read queues for {queue:?}");
+        }
     }
 }
