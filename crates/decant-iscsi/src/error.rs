@@ -56,7 +56,7 @@ pub enum Violation {
     #[error("an answer to task {0:#x}, which is not outstanding")]
     UnknownTask(u32),
     /// The target is elsewhere (11.13.5, redirection).
-    #[error("the target has moved to {address}")]
+    #[error("the target has moved to {address}, and a redirection is not followed: name that portal as the origin's")]
     Moved {
         /// TargetAddress.
         address: String,
@@ -73,9 +73,18 @@ pub enum Violation {
     /// The disk is none that can be read.
     #[error("the disk cannot be used: {0}")]
     Unusable(&'static str),
-    /// The disk does not answer what it is.
+    /// The disk does not answer what it is, or puts off the same command again and again.
     #[error("the disk is not ready: {0}")]
     NotReady(crate::initiator::Failure),
+    /// The disk was reset, or its commands cleared: what was asked of it and is not answered never will be.
+    #[error("the disk was reset, and forgot what was asked of it: {0}")]
+    Reset(crate::initiator::Failure),
+    /// Others are answered, and of this command nothing comes.
+    #[error("the target has lost a command: nothing came of it for {seconds} s")]
+    Lost {
+        /// How long.
+        seconds: u64,
+    },
     /// The machine was used after it ended.
     #[error("the connection has ended")]
     Ended,
