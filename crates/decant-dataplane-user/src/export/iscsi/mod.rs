@@ -9,13 +9,14 @@
 //!
 //! A connection's thread owns its protocol machine, does what is quick itself, and never waits for the rest: that is handed
 //! to a few workers, or to the device, which answers a parked read whenever it can; both leave the outcome in the
-//! connection's `inbox` and kick its thread. So one flush or one missing block holds up nobody else. What the
+//! connection's inbox and kick its thread. So one flush or one missing block holds up nobody else. What the
 //! connections of a target share is behind one lock, which nobody holds while doing I/O.
 
 mod buffers;
 mod connection;
 mod inbox;
 mod perform;
+mod requests;
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -57,7 +58,7 @@ pub struct IscsiOptions {
     pub digests: DigestPolicy,
     /// Bytes of a logical block, 512 or 4096.
     pub block_bytes: u32,
-    /// What names the disk for ever, at most 64 ASCII characters; see [`Disk::serial`].
+    /// What names the disk for ever, at most [`decant_iscsi::scsi::MAX_SERIAL`] ASCII characters; see [`Disk::serial`].
     pub serial: String,
 }
 

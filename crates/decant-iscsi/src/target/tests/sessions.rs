@@ -218,6 +218,7 @@ fn an_aborted_write_is_answered_by_nobody_and_the_abort_waits_for_it() {
         ..TaskRequest::default()
     };
     assert!(end.send(&mut world, abort(request.task), &[]).unwrap().is_empty());
+    assert!(matches!(end.events[..], [.., Event::Abort(task)] if task == end.requests[0].0), "{:?}", end.events);
     end.perform_all(&mut world);
     let answers = end.answers();
     assert!(
@@ -339,6 +340,62 @@ fn a_silent_initiator_is_pinged_and_then_given_up() {
     assert!(tick(&mut end, 20_002).is_err());
 }
 
+/// What was left over comes again with every call: it is no sign of life.
+#[test]
+fn an_initiator_that_stops_in_the_midst_of_a_header_is_given_up() {
+    let mut world = World::new(config());
+    let mut end = world.session(1);
+    end.connection.handle_tick(&mut world.target, 0, &mut end.out).unwrap();
+    let half = [0u8; 30];
+    let mut result = Ok(());
+    for now in (500..60_000).step_by(500) {
+        let step = end.connection.handle_input(&mut world.target, &half[..(now / 500).min(30)], &mut end.out).unwrap();
+        assert_eq!(step.consumed, 0);
+        result = end.connection.handle_tick(&mut world.target, now as u64, &mut end.out);
+        if result.is_err() {
+            // The last byte that was new came after 15 s.
+            assert!((34_000..38_000).contains(&now), "{now}");
+            break;
+        }
+        end.answers();
+    }
+    assert!(result.is_err());
+}
+
+/// A slow network is no dead one: what is before the ping has to be sent first.
+#[test]
+fn a_ping_has_its_time_from_when_it_is_out() {
+    let mut world = World::new(config());
+    let mut end = world.session(1);
+    let read = end.request(&[0x28, 0, 0, 0, 0, 0, 0, 0, 200, 0], 102_400, &[]);
+    end.send(&mut world, read, &[]).unwrap();
+    end.connection.handle_tick(&mut world.target, 0, &mut end.out).unwrap();
+    end.connection.handle_tick(&mut world.target, 1000, &mut end.out).unwrap();
+    end.perform_all(&mut world);
+    let mut tick = |end: &mut End, now| end.connection.handle_tick(&mut world.target, now, &mut end.out);
+    let before = end.out.len();
+    tick(&mut end, 12_000).unwrap();
+    assert!(end.out.len() > before, "a ping is behind the data");
+    let mut now = 12_000;
+    while !end.out.is_empty() {
+        end.out.advance(5000);
+        now += 9000;
+        tick(&mut end, now).unwrap();
+    }
+    assert!(now > 100_000);
+    tick(&mut end, now + 10_000).unwrap();
+    assert!(tick(&mut end, now + 10_001).is_err());
+    // And where nothing of it is taken, its time is up as ever.
+    let mut end = world.session(2);
+    let mut tick = |end: &mut End, now| end.connection.handle_tick(&mut world.target, now, &mut end.out);
+    tick(&mut end, 0).unwrap();
+    tick(&mut end, 1000).unwrap();
+    end.out.put(|bytes| bytes.extend([0; 100]));
+    tick(&mut end, 12_000).unwrap();
+    tick(&mut end, 22_000).unwrap();
+    assert!(tick(&mut end, 22_001).is_err());
+}
+
 /// CVE-2024-7409: sockets that connect and say nothing are not kept.
 #[test]
 fn a_connection_that_never_logs_in_is_given_up() {
@@ -367,6 +424,26 @@ fn a_logout_is_answered_and_ends_the_connection() {
     assert_eq!(end.events.last(), Some(&Event::Close(None)));
     end.connection.handle_disconnect(&mut world.target);
     assert_eq!(world.target.initiators().count(), 0);
+}
+
+#[test]
+fn logouts_without_end_are_refused() {
+    let mut world = World::new(config());
+    let mut end = world.session(1);
+    let request = end.request(&[0x2a, 0, 0, 0, 0, 0, 0, 0, 1, 0], 0, &[1; 512]);
+    end.send(&mut world, request, &[1; 512]).unwrap();
+    let mut rejects = 0;
+    for task in 0..1000 {
+        let logout = LogoutRequest { immediate: true, task: 0x1000 + task, ..LogoutRequest::default() };
+        let answers = end.send(&mut world, logout, &[]).unwrap();
+        rejects += answers.len();
+        assert!(answers.iter().all(|(header, _)| {
+            matches!(header, Header::Reject(reject) if reject.reason == reject_reason::IMMEDIATE)
+        }));
+    }
+    assert_eq!(rejects, 1000 - 8, "so many are kept until the write has ended");
+    end.perform_all(&mut world);
+    assert!(matches!(end.answers()[..], [(Header::LogoutResponse(LogoutResponse { task: 0x1000, .. }), _)]));
 }
 
 #[test]
