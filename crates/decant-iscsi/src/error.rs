@@ -52,6 +52,14 @@ pub enum Violation {
     /// The peer rejected a PDU of ours (11.17).
     #[error("peer rejected a PDU, reason {0:#04x}")]
     Rejected(u8),
+    /// This side refused a login; the peer is told the status alone.
+    #[error("login refused: {status}: {why}")]
+    RefusedLogin {
+        /// Status class and detail.
+        status: crate::login::Status,
+        /// What is wrong, and with which value.
+        why: String,
+    },
     /// An answer to a task that was not asked for, or is answered already.
     #[error("an answer to task {0:#x}, which is not outstanding")]
     UnknownTask(u32),
@@ -93,7 +101,11 @@ pub enum Violation {
 impl Violation {
     /// A value that does not fit its key.
     pub(crate) fn value(key: &str, value: &str) -> Self {
-        let cut = |text: &str| text.chars().take(80).collect();
         Self::Value { key: cut(key), value: cut(value) }
     }
+}
+
+/// A peer's text, cut to a length that fits a log line.
+pub(crate) fn cut(text: &str) -> String {
+    text.chars().take(80).collect()
 }

@@ -46,7 +46,7 @@ pub struct Limits {
     pub queue_depth: u32,
     /// Sessions, those that are ending included.
     pub sessions: usize,
-    /// Bytes in an [`Outbox`] above which no input is taken.
+    /// Bytes in an [`Outbox`] above which no PDU is begun.
     pub outbound_bytes: usize,
     /// A login takes no longer.
     pub login_ms: u64,
@@ -315,6 +315,7 @@ pub struct Connection {
     scratch: Vec<u8>,
     text: control::TextExchange,
     clock: control::Clock,
+    refusal: Option<Violation>,
 }
 
 impl Connection {
@@ -348,7 +349,13 @@ impl Connection {
             scratch: Vec::new(),
             text: control::TextExchange::default(),
             clock: control::Clock::default(),
+            refusal: None,
         }
+    }
+
+    /// Why the login was refused, where that was not [`Self::handle_input`]'s error: [`Event::Close`] came of it.
+    pub fn refusal(&self) -> Option<&Violation> {
+        self.refusal.as_ref()
     }
 
     /// What the target's wakeups name it by.
@@ -376,7 +383,8 @@ impl Connection {
     /// so that what was read to where [`Self::data_wanted`] said is never left over.
     ///
     /// # Errors
-    /// The peer broke the protocol: send what is in `out` if possible, close, and call [`Self::handle_disconnect`].
+    /// The peer broke the protocol: send what is in `out` if possible, close, take the events that are left, and call
+    /// [`Self::handle_disconnect`].
     pub fn handle_input<B: AsRef<[u8]>>(
         &mut self,
         target: &mut Target,
@@ -517,10 +525,9 @@ impl Connection {
         }
     }
 
-    /// Marks the end; gives the violation back.
+    /// Marks the end; gives the violation back. Events stay: among them may be requests, which the driver has to complete.
     fn fail(&mut self, violation: Violation) -> Violation {
         self.phase = Phase::Ended;
-        self.events.clear();
         violation
     }
 }

@@ -371,7 +371,9 @@ impl<'a> Link<'a> {
             Err(Broken::Closing) => tracing::debug!(peer, "iSCSI connection closed with its export"),
             _ if !self.was_logged_in => {
                 self.shared.doors.refuse();
-                let reason = ended.err().map_or_else(|| "the login was refused".to_owned(), |error| error.to_string());
+                let refusal = self.machine.refusal().map(ToString::to_string);
+                let reason = ended.err().map(|error| error.to_string()).or(refusal);
+                let reason = reason.unwrap_or_else(|| "it ended before there was a session".to_owned());
                 tracing::warn!(peer, reason, "iSCSI login failed");
             }
             Ok(()) => tracing::debug!(peer, "iSCSI session ended"),

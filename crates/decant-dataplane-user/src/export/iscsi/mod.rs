@@ -87,6 +87,7 @@ impl IscsiServer {
     /// The address is taken or not ours; a size that is no number of blocks.
     pub fn listen(options: IscsiOptions, device: Arc<dyn Exported>) -> Result<Self, ListenError> {
         let IscsiOptions { address, name, access, peers, digests, block_bytes, serial } = options;
+        debug_assert!(decant_iscsi::text::is_name(&name), "names of our own are as the standard has them: {name}");
         let size = device.size();
         if !matches!(block_bytes, 512 | 4096) || size == 0 || !size.is_multiple_of(block_bytes.into()) {
             return Err(ListenError::Blocks { size, block_bytes });

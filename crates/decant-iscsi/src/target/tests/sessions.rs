@@ -26,6 +26,14 @@ fn answer_of(answers: &Answers) -> (LoginResponse, Pairs) {
     (*response, Pairs::parse(data).unwrap())
 }
 
+/// The status of a login that was refused, and the reason for the log.
+fn refused<T: std::fmt::Debug>(result: Result<T, crate::Violation>) -> (crate::login::Status, String) {
+    match result {
+        Err(crate::Violation::RefusedLogin { status, why }) => (status, why),
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
 fn names() -> String {
     format!("InitiatorName={INITIATOR}\0TargetName={NAME}\0SessionType=Normal\0")
 }
@@ -66,7 +74,7 @@ fn chap_lets_in_who_knows_the_secret() {
 
 #[test]
 fn chap_keeps_out_who_does_not() {
-    let failed = Err(crate::Violation::LoginRefused { status: crate::login::Status::AUTHENTICATION_FAILURE });
+    let failed = crate::login::Status::AUTHENTICATION_FAILURE;
     type Answer<'a> = &'a dyn Fn(u8, &[u8]) -> String;
     let cases: [Answer<'_>; 5] = [
         &|id, challenge| proof(id, challenge, "a secret of some lengtH"),
@@ -81,7 +89,7 @@ fn chap_keeps_out_who_does_not() {
     for case in cases {
         let mut world = World::new(with_chap(false));
         let mut end = world.connect(7);
-        assert_eq!(authenticate(&mut world, &mut end, case), failed.clone());
+        assert_eq!(refused(authenticate(&mut world, &mut end, case)).0, failed);
         let refusal = end.answers();
         assert_eq!(answer_of(&refusal).0.status_detail, 1);
         assert_eq!(world.target.initiators().count(), 0);
@@ -94,7 +102,7 @@ fn chap_keeps_out_who_does_not() {
         let mut end = world.connect(7);
         let result = end.login(&mut world, 1, stage, next, &(names() + text));
         match result {
-            Err(violation) => assert_eq!(Err(violation), failed.clone().map(|_: (LoginResponse, Pairs)| ())),
+            Err(violation) => assert_eq!(refused::<()>(Err(violation)).0, failed),
             Ok(answers) => assert!(!answer_of(&answers).0.transit),
         }
         assert!(!end.connection.is_logged_in());
@@ -150,18 +158,37 @@ fn logins_are_refused_with_the_reason() {
     let mut world =
         World::new(Config { access: vec![Access { initiator: Some(INITIATOR.into()), chap: None }], ..config() });
     let other = names().replace("initiator", "other");
-    for (text, status) in [
-        (names().replace(":test", ":best"), Status::NOT_FOUND),
-        (other, Status::AUTHORIZATION_FAILURE),
-        ("TargetName=x\0".into(), Status::MISSING_PARAMETER),
-        (format!("InitiatorName={INITIATOR}\0"), Status::MISSING_PARAMETER),
-        (names().replace("iqn.", "IQN "), Status::INITIATOR_ERROR),
-        (names().replace("Normal", "Odd"), Status::SESSION_TYPE),
-        (names() + "MaxBurstLength=12\0", Status::INITIATOR_ERROR),
-        (names() + "HeaderDigest=SHA\0", Status::INITIATOR_ERROR),
+    let bad_name = |name: &str| names().replace(INITIATOR, name);
+    for (text, status, reason) in [
+        (names().replace(":test", ":best"), Status::NOT_FOUND, "\"iqn.2026-11.dev.decant:best\" is asked for"),
+        (other, Status::AUTHORIZATION_FAILURE, "\"iqn.2026-11.dev.decant:other\" is not on the list"),
+        ("TargetName=x\0".into(), Status::MISSING_PARAMETER, "there is no InitiatorName"),
+        (format!("InitiatorName={INITIATOR}\0"), Status::MISSING_PARAMETER, "there is no TargetName"),
+        (names().replace("iqn.", "IQN "), Status::INITIATOR_ERROR, "they begin with iqn., eui. or naa."),
+        (bad_name("iqn.2026-11.dev.decant:two words"), Status::INITIATOR_ERROR, "neither spaces nor"),
+        (bad_name("iqn.2026-11.dev.decant:a,b"), Status::INITIATOR_ERROR, "is no iSCSI name"),
+        (names().replace("Normal", "Odd"), Status::SESSION_TYPE, "SessionType=\"Odd\""),
+        (names() + "MaxBurstLength=12\0", Status::INITIATOR_ERROR, "MaxBurstLength=12 is not acceptable"),
+        (names() + "HeaderDigest=SHA\0", Status::INITIATOR_ERROR, "HeaderDigest=SHA is not acceptable"),
     ] {
         let mut end = world.connect(1);
-        assert_eq!(end.login(&mut world, 1, 1, 3, &text), Err(crate::Violation::LoginRefused { status }), "{text}");
+        let (found, why) = refused(end.login(&mut world, 1, 1, 3, &text));
+        assert_eq!(found, status, "{text}");
+        assert!(why.contains(reason), "{why}, not {reason}");
+    }
+}
+
+/// QEMU puts the name of the machine into its initiator's, and others that of the host.
+#[test]
+fn names_as_tools_write_them_are_let_in() {
+    for name in
+        ["iqn.2008-11.org.linux-kvm:my_vm", "iqn.1991-05.com.microsoft:HOST_1.corp", "iqn.2026-11.dev.decant:a+b@c"]
+    {
+        let access = Access { initiator: Some(name.to_ascii_lowercase()), chap: None };
+        let mut world = World::new(Config { access: vec![access], ..config() });
+        let mut end = world.connect(1);
+        let answers = end.login(&mut world, 1, 1, 3, &names().replace(INITIATOR, name)).unwrap();
+        assert!(answer_of(&answers).0.transit, "{name}");
     }
 }
 
@@ -454,4 +481,5 @@ fn there_are_so_many_sessions_and_no_more() {
     let answers = end.login(&mut world, 4, 1, 3, &names()).unwrap();
     assert_eq!((answer_of(&answers).0.status_class, answer_of(&answers).0.status_detail), (3, 2));
     assert_eq!(end.events, [Event::Close(None)]);
+    assert!(end.connection.refusal().unwrap().to_string().contains("there are 3 sessions"));
 }
