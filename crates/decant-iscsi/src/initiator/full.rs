@@ -17,8 +17,8 @@ const MAX_COLLECTED: u32 = 8192;
 /// A command that a unit attention came in the way of is sent again at once so often, and then after a pause.
 const PROMPT_TRIES: u32 = 4;
 /// A command is put off so often for a reason that comes from the disk as a whole; then the session ends and says so. With the
-/// pauses that is 7 s: less than the silence after which a lane gives its session up without a reason.
-const MAX_PUT_OFF: u32 = 12;
+/// pauses that is 5 s, and a few more far away: less than the 10 s after which a lane gives up a silent disk without a reason.
+const MAX_PUT_OFF: u32 = 10;
 /// The first pause, ms; it doubles up to [`MAX_PAUSE`].
 const FIRST_PAUSE: u64 = 20;
 /// The longest pause, ms.

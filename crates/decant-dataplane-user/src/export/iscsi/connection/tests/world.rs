@@ -27,6 +27,9 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 /// Called with where a write goes and its length, before it is done.
 type Hook = Box<dyn FnMut(u64, usize) + Send>;
 
+/// Where from, how much, and who waits for it.
+type ParkedRead = (u64, usize, Box<dyn ReadSink>);
+
 /// Where calls wait.
 #[derive(Default)]
 pub(super) struct Gate {
@@ -66,7 +69,7 @@ pub(super) struct Disk {
     pub(super) bytes: Mutex<Vec<u8>>,
     /// Reads from here on are parked.
     pub(super) parked_from: Mutex<u64>,
-    pub(super) parked: Mutex<Vec<(u64, usize, Box<dyn ReadSink>)>>,
+    pub(super) parked: Mutex<Vec<ParkedRead>>,
     pub(super) on_write: Mutex<Option<Hook>>,
     pub(super) flushing: Gate,
     pub(super) writing: Gate,
