@@ -65,6 +65,8 @@ pub(super) struct Away {
     pub(super) serial: u64,
     /// Tells a worker that nobody wants it any more; `None`: a parked read.
     pub(super) unwanted: Option<Arc<AtomicBool>>,
+    /// What is to be done when it has succeeded, before the task is told.
+    pub(super) then: Option<Request>,
 }
 
 impl Away {

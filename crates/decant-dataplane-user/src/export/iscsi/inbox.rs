@@ -9,7 +9,6 @@ use rustix::io::Errno;
 use super::buffers::{Buffer, Spare};
 use super::perform::{Ended, failure, perform};
 use crate::device::{Exported, ReadSink};
-use crate::export::read_waiting;
 use crate::stream::Kick;
 
 /// What came of a request that was not done at once.
@@ -78,14 +77,6 @@ pub(super) fn work(
     }
     let perform = |data: &mut [u8]| perform(device, request, data, unwanted);
     match (request, buffer) {
-        (Request::Read { offset, .. }, Some(mut buffer)) => {
-            // FUA: what is cached must be on the medium first.
-            let read = device.flush().and_then(|()| read_waiting(device, offset, buffer.bytes()));
-            match read {
-                Ok(()) => (Ended::Data(buffer), None),
-                Err(errno) => (Ended::Failed(failure(errno, Some(offset))), None),
-            }
-        }
         // What is to be compared with must outlive the writing of it.
         (Request::Write { keep: true, .. }, Some(buffer)) => (perform(&mut buffer.as_ref().to_vec()), Some(buffer)),
         (_, Some(mut buffer)) => (perform(buffer.bytes()), Some(buffer)),

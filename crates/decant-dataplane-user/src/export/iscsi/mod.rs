@@ -9,7 +9,8 @@
 //!
 //! A connection's thread owns its protocol machine, does what is quick itself, and never waits for the rest: that is handed
 //! to a few workers, or to the device, which answers a parked read whenever it can; both leave the outcome in the
-//! connection's inbox and kick its thread. So one flush or one missing block holds up nobody else. What the
+//! connection's inbox and kick its thread. So one flush or one missing block holds up nobody else. (A VERIFY reads on its
+//! worker, missing blocks too: initiators hardly send one.) What the
 //! connections of a target share is behind one lock, which nobody holds while doing I/O.
 
 mod buffers;

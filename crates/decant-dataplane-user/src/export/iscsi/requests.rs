@@ -111,7 +111,7 @@ impl Link<'_> {
             Ok(Served::Missing) => {
                 self.spare.put(buffer);
                 if let Some(slot) = self.slots.get_mut(task.0 as usize) {
-                    slot.away = Some(Away { serial, unwanted: None });
+                    slot.away = Some(Away { serial, unwanted: None, then: None });
                 }
                 None
             }
@@ -128,15 +128,20 @@ impl Link<'_> {
         let serial = self.next_serial;
         self.next_serial += 1;
         let unwanted = Arc::new(AtomicBool::new(false));
-        slot.away = Some(Away { serial, unwanted: Some(Arc::clone(&unwanted)) });
-        let mut buffer = slot.buffer.take();
+        // With FUA what is cached must be on the medium first. The read itself may have to wait for the network, which no worker
+        // does.
+        let (request, then) = match request {
+            Request::Read { offset, length, .. } => {
+                (Request::Flush, Some(Request::Read { offset, length, fua: false }))
+            }
+            other => (other, None),
+        };
+        slot.away = Some(Away { serial, unwanted: Some(Arc::clone(&unwanted)), then });
+        let buffer = slot.buffer.take();
         let pattern = match request {
             Request::Fill { .. } => self.machine.pattern(task).to_vec(),
             _ => Vec::new(),
         };
-        if let Request::Read { length, .. } = request {
-            buffer = Some(self.spare.take(length as usize));
-        }
         let (device, inbox) = (Arc::clone(&self.shared.device), Arc::clone(&self.inbox));
         self.shared.workers.submit(Box::new(move || {
             let (ended, buffer) = work(&*device, request, buffer, pattern, &unwanted);
@@ -177,8 +182,13 @@ impl Link<'_> {
     fn end_away(&mut self, arrived: Arrived) {
         let Arrived { task, ended, buffer, .. } = arrived;
         let Some(slot) = self.slots.get_mut(task.0 as usize) else { return };
-        (slot.away, slot.buffer) = (None, buffer);
-        self.complete(task, ended);
+        slot.buffer = buffer;
+        let unwanted = slot.away.as_ref().is_some_and(Away::is_unwanted);
+        let then = slot.away.take().and_then(|away| away.then);
+        match (ended, then) {
+            (Ended::Done, Some(next)) if !unwanted => return self.requests.push_front((task, next)),
+            (ended, _) => self.complete(task, ended),
+        }
         // What a Verify that follows does not need.
         let unused = self.requests.iter().all(|(other, _)| *other != task);
         if let Some(buffer) = self.slots[task.0 as usize].buffer.take_if(|_| unused) {

@@ -256,6 +256,33 @@ fn an_abort_is_not_taken_for_one_of_the_slots_next_task() {
     );
 }
 
+/// FUA: after a flush, and by no worker, of whom there are few for all sessions.
+#[test]
+fn reads_with_fua_that_wait_for_their_bytes_hold_up_nobody() {
+    let house = House::new();
+    let (mut one, mut two) = (house.session(1), house.session(2));
+    *house.disk.parked_from.lock().unwrap() = 16 << 20;
+    house.disk.flushing.shut();
+    for index in 0..6 {
+        let mut read = one.client.read((16 << 20) + index * 4096, 4096);
+        read.cdb[1] = 0x08;
+        one.send(read, &[]);
+    }
+    house.disk.flushing.wait_for(super::super::WORKERS);
+    assert!(house.disk.parked.lock().unwrap().is_empty(), "what is cached goes first");
+    house.disk.flushing.open();
+    while house.disk.parked.lock().unwrap().len() < 6 {
+        one.wait_for_kick();
+        one.link.inbox.kick.clear();
+        one.settle().unwrap();
+    }
+    let flush = two.client.command(&[0x35], 0, false);
+    two.send(flush, &[]);
+    two.answers_with(|header| matches!(header, Header::ScsiResponse(response) if response.task == flush.task));
+    house.disk.answer_parked(9);
+    assert_eq!(data_of(&one.answers()), 6 * 4096);
+}
+
 #[test]
 fn requests_that_were_aborted_before_they_began_are_not_performed() {
     let house = House::new();
