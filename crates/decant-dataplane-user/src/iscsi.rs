@@ -35,3 +35,17 @@ pub(crate) fn chap(migration: &MigrationId, secret: &ExportSecret) -> Result<Cha
     let export = credentials(format!("export.{migration}"), secret.of_export())?;
     Chap::new(reader, Some(export)).map_err(|_| NoSecret)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What we accept of others is wider: there are targets and initiators that take nothing but this.
+    #[test]
+    fn names_of_our_own_are_as_the_standard_has_them() {
+        let longest = MigrationId::new("m".repeat(63)).unwrap();
+        for name in [target_name(&longest), initiator_name(&longest)] {
+            assert!(decant_iscsi::text::is_name(&name), "{name}");
+        }
+    }
+}

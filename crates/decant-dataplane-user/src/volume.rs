@@ -16,6 +16,7 @@ use decant_base::ExtentSet;
 use decant_clone::Shape;
 use decant_dataplane::{Access, Failure, FailureCode, Protocol};
 use decant_iscsi::login::DigestPolicy;
+use decant_iscsi::scsi::MAX_SERIAL;
 use decant_iscsi::target;
 use decant_luks2::SectorCipher;
 
@@ -36,8 +37,6 @@ use crate::tls::{Fingerprint, Identity};
 
 /// Threads that serve the file: the medium below may block each, and two or three keep a disk busy.
 const FUSE_THREADS: usize = 4;
-/// Most characters of a disk's serial.
-const MAX_SERIAL: usize = 64;
 /// How long `Assemble` waits for a session: a TCP and a TLS handshake over any distance on earth take less.
 const ORIGIN_PATIENCE: Duration = Duration::from_secs(5);
 

@@ -52,11 +52,19 @@ pub enum Violation {
     /// The peer rejected a PDU of ours (11.17).
     #[error("peer rejected a PDU, reason {0:#04x}")]
     Rejected(u8),
+    /// This side refused a login; the peer is told the status alone.
+    #[error("login refused: {status}: {why}")]
+    RefusedLogin {
+        /// Status class and detail.
+        status: crate::login::Status,
+        /// What is wrong, and with which value.
+        why: String,
+    },
     /// An answer to a task that was not asked for, or is answered already.
     #[error("an answer to task {0:#x}, which is not outstanding")]
     UnknownTask(u32),
     /// The target is elsewhere (11.13.5, redirection).
-    #[error("the target has moved to {address}")]
+    #[error("the target has moved to {address}, and a redirection is not followed: name that portal as the origin's")]
     Moved {
         /// TargetAddress.
         address: String,
@@ -73,9 +81,18 @@ pub enum Violation {
     /// The disk is none that can be read.
     #[error("the disk cannot be used: {0}")]
     Unusable(&'static str),
-    /// The disk does not answer what it is.
+    /// The disk does not answer what it is, or puts off the same command again and again.
     #[error("the disk is not ready: {0}")]
     NotReady(crate::initiator::Failure),
+    /// The disk was reset, or its commands cleared: what was asked of it and is not answered never will be.
+    #[error("the disk was reset, and forgot what was asked of it: {0}")]
+    Reset(crate::initiator::Failure),
+    /// Others are answered, and of this command nothing comes.
+    #[error("the target has lost a command: nothing came of it for {seconds} s")]
+    Lost {
+        /// How long.
+        seconds: u64,
+    },
     /// The machine was used after it ended.
     #[error("the connection has ended")]
     Ended,
@@ -84,7 +101,11 @@ pub enum Violation {
 impl Violation {
     /// A value that does not fit its key.
     pub(crate) fn value(key: &str, value: &str) -> Self {
-        let cut = |text: &str| text.chars().take(80).collect();
         Self::Value { key: cut(key), value: cut(value) }
     }
+}
+
+/// A peer's text, cut to a length that fits a log line.
+pub(crate) fn cut(text: &str) -> String {
+    text.chars().take(80).collect()
 }

@@ -222,10 +222,28 @@ pub fn to_hexadecimal(bytes: &[u8]) -> String {
     text
 }
 
-/// Whether this is an iSCSI name (4.2.7, RFC 3722): `iqn.`, `eui.` or `naa.`, at most 223 bytes. Upper case is let pass,
-/// which normalisation would have made lower case: compare names with that in mind.
+/// Longest iSCSI name, bytes (4.2.7.1).
+const MAX_NAME: usize = 223;
+/// What separates names from what stands beside them: in text, in URLs, and in lists that people write.
+const SEPARATORS: &str = ",;=/\\\"'?#%";
+
+/// Whether this is an iSCSI name as it should be (4.2.7, RFC 3722): `iqn.`, `eui.` or `naa.`, at most 223 bytes. Names of our
+/// own are. Upper case is let pass, which normalisation would have made lower case: compare names with that in mind.
 pub fn is_name(name: &str) -> bool {
+    is_name_of(name, |c| c.is_alphanumeric() || "-.:".contains(c))
+}
+
+/// Whether this is taken for an iSCSI name of a peer's: some tools put names of hosts and machines into theirs as they are, with
+/// `_` and what else can be printed. No spaces, and nothing that separates.
+pub fn is_peer_name(name: &str) -> bool {
+    is_name_of(name, |c| c.is_alphanumeric() || (c.is_ascii_graphic() && !SEPARATORS.contains(c)))
+}
+
+/// What [`is_peer_name`] asks of a name, for whoever wrote another.
+pub const PEER_NAME: &str =
+    "they begin with iqn., eui. or naa., have at most 223 bytes, and neither spaces nor any of , ; = / \\ \" ' ? # %";
+
+fn is_name_of(name: &str, visible: impl Fn(char) -> bool) -> bool {
     let kind = name.get(..4).is_some_and(|kind| matches!(kind, "iqn." | "eui." | "naa."));
-    let visible = |c: char| c.is_alphanumeric() || "-.:".contains(c);
-    kind && name.len() > 4 && name.len() <= 223 && name.chars().all(visible)
+    kind && name.len() > 4 && name.len() <= MAX_NAME && name.chars().all(visible)
 }

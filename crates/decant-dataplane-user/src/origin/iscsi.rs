@@ -37,6 +37,9 @@ const PART: u32 = 1024 * 1024;
 const SEGMENT: u32 = 256 * 1024;
 /// An idle target is pinged after this long, and given up after as long again, ms.
 const PING: u64 = 5_000;
+/// A command of which nothing comes for so long while later ones are answered is lost, ms: as long as a silent disk is given at
+/// most ([`Timing::silence_max`]).
+const COMMAND: u64 = 120_000;
 /// Buffers that are kept for the next reads.
 const MAX_SPARE: usize = 16;
 
@@ -107,6 +110,7 @@ pub(super) fn parts(options: IscsiOptions) -> io::Result<(Settings, impl Fn(usiz
         first_cmd_sn: Serial(1),
         ping_after_ms: PING,
         ping_timeout_ms: PING,
+        command_timeout_ms: COMMAND,
     };
     let known = Arc::new(Mutex::new(None));
     let settings = Settings {

@@ -237,6 +237,11 @@ impl Shared {
         let mut link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
         link.up -= usize::from(was_up);
         if link.up > 0 {
+            drop(link);
+            // The link is up, but what keeps ending one of its sessions should not be a secret.
+            if was_up && !self.is_closed() {
+                tracing::info!(origin = %self.settings.address, name = self.settings.name, reason, "a session with the origin ended");
+            }
             return;
         }
         let news = was_up || link.detail != reason;

@@ -67,6 +67,7 @@ fn fresh_initiator() -> Initiator<Vec<u8>> {
         max_outstanding: 8,
         first_cmd_sn: Serial(1),
         ping_after_ms: 1000,
+        command_timeout_ms: 120_000,
         ping_timeout_ms: 1000,
     })
 }

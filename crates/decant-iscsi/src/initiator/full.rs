@@ -1,7 +1,7 @@
 //! The full feature phase: commands out, data and statuses in, and what else a target may say.
 
 use super::probe::{Probe, Step, Unusable};
-use super::task::{Order, State, Task};
+use super::task::{Order, State, Task, Tries};
 use super::verdict::{Failure, Sense, Verdict, judge};
 use super::{Answer, Event, Initiator, Phase, Sink};
 use crate::error::Violation;
@@ -14,8 +14,11 @@ use crate::wire::Fields;
 
 /// Longest data segment that is kept of anything but a command's data: sense data have 252 bytes at most, a rejected header 48.
 const MAX_COLLECTED: u32 = 8192;
-/// A command that something came in the way of is sent again at once so often, and then after a pause.
+/// A command that a unit attention came in the way of is sent again at once so often, and then after a pause.
 const PROMPT_TRIES: u32 = 4;
+/// A command is put off so often for a reason that comes from the disk as a whole; then the session ends and says so. With the
+/// pauses that is 5 s, and a few more far away: less than the 10 s after which a lane gives up a silent disk without a reason.
+const MAX_PUT_OFF: u32 = 10;
 /// The first pause, ms; it doubles up to [`MAX_PAUSE`].
 const FIRST_PAUSE: u64 = 20;
 /// The longest pause, ms.
@@ -67,6 +70,7 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Initiator<B> {
             return Err(Violation::OutOfPlace("more Data-In than asked for"));
         }
         task.data_sn = task.data_sn.next();
+        task.since = self.clock.now;
         Ok(Sink::Task(slot))
     }
 
@@ -169,6 +173,9 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Initiator<B> {
         self.take_stat_sn(message.stat_sn)?;
         match message.event {
             async_event::SCSI if Sense::decode(data).tells_of_change() => Err(Violation::Changed),
+            async_event::SCSI if Sense::decode(data).tells_of_reset() => {
+                Err(Violation::Reset(Sense::decode(data).failure()))
+            }
             // Negotiating anew is what a new session does.
             async_event::LOGOUT_REQUESTED | async_event::NEGOTIATION_REQUESTED => {
                 let wait = u64::from(message.parameter3).saturating_mul(1000).max(LEAST_LEAVE);
@@ -180,35 +187,29 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Initiator<B> {
         }
     }
 
-    /// A command has ended.
+    /// A command has ended, for now or for good. Only what is for good counts as progress.
     fn conclude(&mut self, slot: usize, verdict: Verdict, residual: Residual) -> Result<(), Violation> {
-        self.progress = self.progress.wrapping_add(1);
         let ready = !matches!(self.phase, Phase::Probing(_));
         match verdict {
             Verdict::Changed if ready => Err(Violation::Changed),
-            Verdict::Changed | Verdict::Again(_) if !ready => {
+            // What else was asked will never be answered: a new session asks for all of it again.
+            Verdict::Reset(failure) if ready => Err(Violation::Reset(failure)),
+            Verdict::Changed | Verdict::Reset(_) | Verdict::Again(_) if !ready => {
                 let Some(Task { order: Order::Probe(step), .. }) = self.tasks.remove(slot) else { return Ok(()) };
                 self.probe_goes_on(|probe| probe.interrupted(step))
             }
-            Verdict::Again(_) => {
-                self.put_off(slot, PROMPT_TRIES);
-                Ok(())
+            Verdict::Later(failure @ Failure::Check { .. }) if !ready => Err(Violation::NotReady(failure)),
+            Verdict::Again(failure) | Verdict::Reset(failure) => {
+                let tries = self.put_off(slot, PROMPT_TRIES, |tries| &mut tries.interrupted);
+                if tries > PROMPT_TRIES + MAX_PUT_OFF { Err(Violation::NotReady(failure)) } else { Ok(()) }
             }
-            Verdict::Later(sense) if !ready && sense.key != 0 => {
-                let failure = Failure::Check { key: sense.key, asc: sense.asc, information: None };
-                Err(Violation::NotReady(failure))
-            }
-            Verdict::Later(_) => {
-                self.put_off(slot, 0);
-                Ok(())
+            Verdict::Later(failure) => {
+                let tries = self.put_off(slot, 0, |tries| &mut tries.busy);
+                if tries > MAX_PUT_OFF { Err(Violation::NotReady(failure)) } else { Ok(()) }
             }
             Verdict::Retry(failure) => {
-                let tries = self.tasks.get_mut(slot).map_or(MAX_RETRIES, |task| task.tries);
-                if tries >= MAX_RETRIES {
-                    return self.finish(slot, Err(failure));
-                }
-                self.put_off(slot, 1);
-                Ok(())
+                let tries = self.put_off(slot, 1, |tries| &mut tries.failed);
+                if tries > MAX_RETRIES { self.finish(slot, Err(failure)) } else { Ok(()) }
             }
             Verdict::Failed(failure) => self.finish(slot, Err(failure)),
             Verdict::Good | Verdict::Changed => {
@@ -223,24 +224,30 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Initiator<B> {
         }
     }
 
-    /// Sends a command again: at once the first `prompt` times, then after a pause.
-    fn put_off(&mut self, slot: usize, prompt: u32) {
+    /// Has a command sent again: at once the first `prompt` times that it is for this reason, then after a pause. How often that
+    /// was, this time included.
+    fn put_off(&mut self, slot: usize, prompt: u32, reason: impl FnOnce(&mut Tries) -> &mut u32) -> u32 {
         let now = self.clock.now;
-        let Some(task) = self.tasks.get_mut(slot) else { return };
+        let Some(task) = self.tasks.get_mut(slot) else { return 0 };
         task.rewind();
-        let pause = match task.tries.checked_sub(prompt) {
+        let tries = reason(&mut task.tries);
+        let pause = match tries.checked_sub(prompt) {
             None => 0,
             Some(doublings) => {
                 FIRST_PAUSE.checked_shl(doublings.min(16)).map_or(MAX_PAUSE, |pause| pause.min(MAX_PAUSE))
             }
         };
-        task.tries = task.tries.saturating_add(1);
+        *tries = tries.saturating_add(1);
+        let tries = *tries;
         task.state = State::Due(now.saturating_add(pause));
+        tries
     }
 
     /// A command is over, one way or the other.
     fn finish(&mut self, slot: usize, result: Result<(), Failure>) -> Result<(), Violation> {
         let Some(task) = self.tasks.remove(slot) else { return Ok(()) };
+        self.progress = self.progress.wrapping_add(1);
+        self.latest = self.latest.max(task.turn);
         if let Order::Probe(step) = task.order {
             return self.probe_answered(step, result.map(|()| task.reply));
         }
@@ -295,7 +302,8 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Initiator<B> {
             let (cmd_sn, lun, exp_stat_sn) = (self.cmd_sn, self.lun(), self.exp_stat_sn);
             let itt = self.tasks.next_itt(slot);
             let Some(task) = self.tasks.get_mut(slot) else { return };
-            (task.itt, task.state) = (itt, State::Sent);
+            (task.itt, task.state, task.since, task.turn) = (itt, State::Sent, now, self.sent);
+            self.sent = self.sent.saturating_add(1);
             let command = ScsiCommand {
                 is_final: true,
                 read: task.expected > 0,

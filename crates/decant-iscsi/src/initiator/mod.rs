@@ -10,8 +10,8 @@
 //! when the status is GOOD, every byte of it came, and every digest matched; until then nothing in it means anything.**
 //!
 //! Whatever can be asked again in the session is, without the driver's doing: after unit attentions, BUSY, TASK SET FULL,
-//! NOT READY and aborted commands. What can not ends the session, and the driver makes another: a disk that says it has
-//! changed, anything that breaks the protocol (ErrorRecoveryLevel is 0, so a lost PDU is a lost session), a ping without answer.
+//! NOT READY and aborted commands, a number of times. What can not ends the session, and the driver makes another: a disk that
+//! says it has changed or was reset, a command of which nothing comes, anything that breaks the protocol (ErrorRecoveryLevel is 0, so a lost PDU is a lost session), a ping without answer.
 //! The next session is only ready if [`Device::check_same`] finds the disk of the first one again.
 //!
 //! Memory: at most [`Config::max_outstanding`] commands with the driver's buffers, 8 KiB of an answer each otherwise, and
@@ -68,6 +68,9 @@ pub struct Config {
     pub ping_after_ms: u64,
     /// After so long without an answer to that the connection has failed, ms.
     pub ping_timeout_ms: u64,
+    /// A command of which nothing has come for so long, and which later ones have overtaken, is lost, ms. Longer than any disk
+    /// takes over one read. What waits behind earlier ones on a slow network is not overtaken.
+    pub command_timeout_ms: u64,
 }
 
 /// What the driver has to act on.
@@ -140,6 +143,8 @@ enum Sink {
 struct Clock {
     now: u64,
     heard: u64,
+    /// Bytes that came and were left over: they come again, and are no news then.
+    left: usize,
     /// The ping that is out, and since when.
     pinged: Option<(u32, u64)>,
     pings: u32,
@@ -166,6 +171,9 @@ pub struct Initiator<B> {
     known: Option<Device>,
     clock: Clock,
     progress: u64,
+    /// Commands that this session has sent, and the turn of the latest that is over.
+    sent: u64,
+    latest: u64,
 }
 
 impl<B: AsRef<[u8]> + AsMut<[u8]>> Initiator<B> {
@@ -187,6 +195,8 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Initiator<B> {
             known: None,
             clock: Clock::default(),
             progress: 0,
+            sent: 0,
+            latest: 0,
             config,
         }
     }
@@ -204,6 +214,7 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Initiator<B> {
         (self.cmd_sn, self.max_cmd_sn) = (self.config.first_cmd_sn, self.config.first_cmd_sn.minus(1));
         self.decoder = Decoder::new(DEFAULT_MAX_SEGMENT, 0);
         self.params = Params::default();
+        (self.sent, self.latest) = (0, 0);
         self.phase = Phase::Login(Box::new(Login::start(&self.config, random, self.cmd_sn, out)));
     }
 
@@ -265,7 +276,8 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Initiator<B> {
         self.max_cmd_sn.next().since(self.cmd_sn)
     }
 
-    /// Counts bytes and answers of commands: a target that answers pings but nothing else does not move it.
+    /// Counts bytes and final answers of commands: a target that answers pings but nothing else, or puts everything off, does
+    /// not move it.
     pub fn progress(&self) -> u64 {
         self.progress
     }
@@ -369,9 +381,17 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Initiator<B> {
     /// [`Self::handle_disconnect`].
     pub fn handle_input(&mut self, now: u64, input: &[u8], out: &mut Vec<u8>) -> Result<Step<Event<B>>, Violation> {
         self.clock.now = now;
-        if !input.is_empty() {
+        if input.len() > self.clock.left {
             self.clock.heard = now;
         }
+        let step = self.take_input(input, out)?;
+        if !input.is_empty() {
+            self.clock.left = input.len().saturating_sub(step.consumed);
+        }
+        Ok(step)
+    }
+
+    fn take_input(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<Step<Event<B>>, Violation> {
         let mut consumed = 0usize;
         loop {
             if let Some(event) = self.events.pop_front() {
@@ -467,6 +487,10 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Initiator<B> {
                 None if now.saturating_sub(self.clock.heard) >= self.config.ping_after_ms => self.ping(out),
                 _ => {}
             }
+            let limit = self.config.command_timeout_ms;
+            if self.tasks.overtaken_since(self.latest).is_some_and(|since| now.saturating_sub(since) >= limit) {
+                return Err(Violation::Lost { seconds: limit / 1000 });
+            }
         }
         self.go_on_leaving(out);
         self.send_due(out);
@@ -484,7 +508,9 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Initiator<B> {
         };
         // What is to be sent waits for the window, if that is shut, and not for time.
         let due = if self.window() > 0 { self.tasks.due().map(|(at, _)| at).min() } else { None };
-        [Some(ping), due, self.clock.leave_by].into_iter().flatten().min()
+        let overtaken = self.tasks.overtaken_since(self.latest);
+        let lost = overtaken.map(|since| since.saturating_add(self.config.command_timeout_ms));
+        [Some(ping), due, self.clock.leave_by, lost].into_iter().flatten().min()
     }
 
     fn ping(&mut self, out: &mut Vec<u8>) {

@@ -69,15 +69,46 @@ pub(super) struct Task<B> {
     pub(super) state: State,
     /// The Initiator Task Tag it was sent with last.
     pub(super) itt: u32,
-    /// How often it was put off in a row.
-    pub(super) tries: u32,
+    /// When it was sent, or the last data of its came.
+    pub(super) since: u64,
+    /// How many commands the session had sent before it.
+    pub(super) turn: u64,
+    /// How often it was put off, for each reason by itself.
+    pub(super) tries: Tries,
+}
+
+/// How often a command was put off. Each reason has its own patience: a disk that was busy for long is not broken at the first
+/// failure that may pass.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Tries {
+    /// A unit attention, or an earlier command's error, was told in its place.
+    pub(super) interrupted: u32,
+    /// BUSY, TASK SET FULL, NOT READY.
+    pub(super) busy: u32,
+    /// Failures that may pass.
+    pub(super) failed: u32,
 }
 
 impl<B: AsRef<[u8]> + AsMut<[u8]>> Task<B> {
     /// A command that is to be sent at `now`.
     pub(super) fn new(tag: u64, order: Order, (cdb, expected): (Cdb, u32), buffer: Option<B>, now: u64) -> Self {
         let (state, data_sn) = (State::Due(now), Serial(0));
-        Self { tag, order, cdb, expected, buffer, reply: Vec::new(), received: 0, data_sn, state, itt: 0, tries: 0 }
+        let (reply, tries) = (Vec::new(), Tries::default());
+        Self {
+            tag,
+            order,
+            cdb,
+            expected,
+            buffer,
+            reply,
+            received: 0,
+            data_sn,
+            state,
+            itt: 0,
+            since: now,
+            turn: 0,
+            tries,
+        }
     }
 
     /// Room for the next `length` bytes of its data, if they belong to a buffer of the driver's.
@@ -175,6 +206,12 @@ impl<B> Tasks<B> {
             State::Due(at) => Some((at, slot)),
             State::Sent => None,
         })
+    }
+
+    /// Since when nothing has come of a command that the target has had since before the one that was sent at `turn`; the longest.
+    pub(super) fn overtaken_since(&self, turn: u64) -> Option<u64> {
+        let overtaken = |task: &&Task<B>| task.state == State::Sent && task.turn < turn;
+        self.slots.iter().flatten().filter(overtaken).map(|task| task.since).min()
     }
 
     /// Takes any.

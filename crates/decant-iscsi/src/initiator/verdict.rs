@@ -23,11 +23,21 @@ pub enum Failure {
     #[error("fewer bytes than asked for")]
     Short,
     /// Any other status.
-    #[error("status {0:02x}h")]
+    #[error("status {0:02x}h{name}", name = name(.0))]
     Status(u8),
     /// The target could not carry it out (Response of the SCSI Response, 11.4.3), again and again.
     #[error("target failure {0:02x}h")]
     Target(u8),
+}
+
+/// A status that people know by its name.
+fn name(raw: &u8) -> &'static str {
+    match *raw {
+        status::BUSY => " (BUSY)",
+        status::TASK_SET_FULL => " (TASK SET FULL)",
+        status::TASK_ABORTED => " (TASK ABORTED)",
+        _ => "",
+    }
 }
 
 impl Failure {
@@ -85,7 +95,24 @@ impl Sense {
                 asc::CAPACITY_CHANGED | asc::INQUIRY_CHANGED | asc::IDENTIFIER_CHANGED | asc::LUNS_CHANGED
             )
     }
+
+    /// Whether it says that all commands of this nexus are gone, unanswered: a power on, a reset or a loss of the nexus (29h),
+    /// or commands cleared by somebody else (2Fh).
+    pub(super) fn tells_of_reset(&self) -> bool {
+        let [code, _] = self.asc.to_be_bytes();
+        self.key == SenseKey::UnitAttention.raw() && matches!(code, RESET_CODE | CLEARED_CODE)
+    }
+
+    /// As a command's failure.
+    pub(super) fn failure(&self) -> Failure {
+        Failure::Check { key: self.key, asc: self.asc, information: self.information }
+    }
 }
+
+/// ADDITIONAL SENSE CODE of POWER ON, RESET, OR BUS DEVICE RESET OCCURRED and its kin.
+const RESET_CODE: u8 = 0x29;
+/// ADDITIONAL SENSE CODE of COMMANDS CLEARED.
+const CLEARED_CODE: u8 = 0x2f;
 
 /// INFORMATION of sense data in descriptor format: descriptor type 0 (SPC-4 4.5.2.2).
 fn descriptor_information(sense: &[u8]) -> Option<u64> {
@@ -106,13 +133,15 @@ pub(super) enum Verdict {
     /// It was carried out.
     Good,
     /// A unit attention, or an earlier command's error, came in its place: send it again.
-    Again(Sense),
-    /// Not now: send it again after a while, for ever.
-    Later(Sense),
+    Again(Failure),
+    /// Not now: send it again after a while.
+    Later(Failure),
     /// It went wrong in a way that may pass: send it again after a while, a few times.
     Retry(Failure),
     /// The disk may be another one: the session must find out.
     Changed,
+    /// A unit attention that says that the disk forgot what else it was asked.
+    Reset(Failure),
     /// No use.
     Failed(Failure),
 }
@@ -123,20 +152,21 @@ pub(super) fn judge(response: u8, raw: u8, segment: &[u8]) -> Verdict {
         return Verdict::Retry(Failure::Target(response));
     }
     let sense = Sense::decode(segment);
-    let failure = Failure::Check { key: sense.key, asc: sense.asc, information: sense.information };
+    let failure = sense.failure();
     match raw {
         status::GOOD => Verdict::Good,
-        status::BUSY | status::TASK_SET_FULL => Verdict::Later(sense),
+        status::BUSY | status::TASK_SET_FULL => Verdict::Later(Failure::Status(raw)),
         status::TASK_ABORTED => Verdict::Retry(Failure::Status(raw)),
         status::RESERVATION_CONFLICT => Verdict::Failed(Failure::Reserved),
         status::CHECK_CONDITION if sense.tells_of_change() => Verdict::Changed,
-        status::CHECK_CONDITION if sense.deferred => Verdict::Again(sense),
+        status::CHECK_CONDITION if sense.deferred => Verdict::Again(failure),
+        status::CHECK_CONDITION if sense.tells_of_reset() => Verdict::Reset(failure),
         status::CHECK_CONDITION => match sense.key {
             // RECOVERED ERROR: done, with some effort.
             1 => Verdict::Good,
-            key if key == SenseKey::UnitAttention.raw() => Verdict::Again(sense),
+            key if key == SenseKey::UnitAttention.raw() => Verdict::Again(failure),
             // Becoming ready, or for a reason that may pass; with no medium it will not pass.
-            key if key == SenseKey::NotReady.raw() && sense.asc >> 8 == 0x04 => Verdict::Later(sense),
+            key if key == SenseKey::NotReady.raw() && sense.asc >> 8 == 0x04 => Verdict::Later(failure),
             key if key == SenseKey::AbortedCommand.raw() => Verdict::Retry(failure),
             _ => Verdict::Failed(failure),
         },

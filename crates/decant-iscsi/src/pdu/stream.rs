@@ -80,6 +80,11 @@ impl Decoder {
         }
     }
 
+    /// Whether a PDU has begun and is not complete.
+    pub fn is_within(&self) -> bool {
+        self.state != State::Header
+    }
+
     /// The next piece of `input`, if there is a whole one. [`Unit::Data`] counts as consumed.
     ///
     /// # Errors

@@ -1,13 +1,14 @@
 //! INQUIRY and its vital product data (SPC-4 6.4, 7.8; SBC-3 6.6), REPORT LUNS.
 
-use super::{Context, Disk, Plan, Sense, append};
+use super::{Context, Disk, MAX_SERIAL, Plan, Sense, append};
 use crate::wire::{Fields, SetFields};
 
 /// Most blocks of one UNMAP, and most descriptors in its list: the list then is 4 KiB.
 pub(super) const MAX_UNMAP_BLOCKS: u32 = 1024 * 1024;
 pub(super) const MAX_UNMAP_DESCRIPTORS: u32 = 256;
-/// Most blocks of one WRITE SAME.
-pub(super) const MAX_SAME_BLOCKS: u64 = 1024 * 1024;
+/// Most bytes of one WRITE SAME: one block sent keeps the medium busy for no longer than a few of the largest writes, and others
+/// that want it wait no longer than that.
+pub(super) const MAX_SAME_BYTES: u64 = 32 * 1024 * 1024;
 
 /// INQUIRY.
 pub(super) fn inquiry(context: &Context<'_>, cdb: &[u8; 16], reply: &mut Vec<u8>) -> Result<Plan, Sense> {
@@ -25,7 +26,7 @@ pub(super) fn inquiry(context: &Context<'_>, cdb: &[u8; 16], reply: &mut Vec<u8>
     let disk = context.disk;
     let body = match page {
         0x00 => vec![0x00, 0x80, 0x83, 0xb0, 0xb1, 0xb2],
-        0x80 if context.is_lun_0 => disk.serial.as_bytes().to_vec(),
+        0x80 if context.is_lun_0 => serial(disk).as_bytes().to_vec(),
         0x83 if context.is_lun_0 => identification(context),
         0xb0 if context.is_lun_0 => block_limits(disk),
         // Block device characteristics: not rotating, form factor not said.
@@ -64,6 +65,11 @@ fn standard(disk: &Disk, device: u8) -> [u8; 96] {
     data
 }
 
+/// The serial number, cut to what it may have.
+fn serial(disk: &Disk) -> &str {
+    disk.serial.get(..disk.serial.len().min(MAX_SERIAL)).unwrap_or_default()
+}
+
 /// VPD 83: the disk by vendor and serial and as a locally assigned NAA name; the target port by its number and its name.
 fn identification(context: &Context<'_>) -> Vec<u8> {
     let disk = context.disk;
@@ -73,18 +79,18 @@ fn identification(context: &Context<'_>) -> Vec<u8> {
         out.push(u8::try_from(body.len()).unwrap_or_default());
         out.extend_from_slice(body);
     };
-    let serial = disk.serial.get(..disk.serial.len().min(64)).unwrap_or_default();
-    let id = [&text::<8>(&disk.vendor)[..], serial.as_bytes()].concat();
+    let id = [&text::<8>(&disk.vendor)[..], serial(disk).as_bytes()].concat();
     designator([0x02, 0x01, 0], &id);
     designator([0x01, 0x03, 0], &naa(&id));
-    designator([0x61, 0x94, 0], &[0, 0, 0, 1]);
-    designator([0x61, 0x95, 0], &[0, 0, 0, 1]);
+    // PROTOCOL IDENTIFIER 5h, iSCSI; PIV, about the target port; relative port and target port group 1.
+    designator([0x51, 0x94, 0], &[0, 0, 0, 1]);
+    designator([0x51, 0x95, 0], &[0, 0, 0, 1]);
     // The port's name is the target's with its portal group (RFC 7143 4.4.1).
     let mut name = format!("{},t,0x{:04x}", context.target_name, context.portal_group).into_bytes();
     // SCSI name string: ended by a zero byte, padded to four.
     name.push(0);
     name.resize(name.len().next_multiple_of(4), 0);
-    designator([0x63, 0x98, 0], &name);
+    designator([0x53, 0x98, 0], &name);
     out
 }
 
@@ -113,7 +119,7 @@ fn block_limits(disk: &Disk) -> Vec<u8> {
         page.set_u32(24, physical);
         page.set_u32(28, 0x8000_0000);
     }
-    page.set_u64(32, MAX_SAME_BLOCKS);
+    page.set_u64(32, MAX_SAME_BYTES.checked_div(disk.block_bytes.into()).unwrap_or_default());
     page.to_vec()
 }
 

@@ -1,7 +1,7 @@
 //! Commands about the medium (SBC-3 5): ranges checked, turned into bytes.
 
 use super::codes::*;
-use super::inquiry::{MAX_SAME_BLOCKS, MAX_UNMAP_BLOCKS, MAX_UNMAP_DESCRIPTORS};
+use super::inquiry::{MAX_SAME_BYTES, MAX_UNMAP_BLOCKS, MAX_UNMAP_DESCRIPTORS};
 use super::{
     Compare, Context, DIGEST_BLOCK, Disk, Information, MAX_DIGESTS, Parameter, Plan, Sense, SenseKey, append, asc,
 };
@@ -96,7 +96,7 @@ pub(super) fn plan(context: &Context<'_>, cdb: &[u8; 16], reply: &mut Vec<u8>) -
         SYNCHRONIZE_CACHE_10 | SYNCHRONIZE_CACHE_16 => {
             let (lba, blocks) = range(cdb);
             extent(disk, lba, blocks)?;
-            Ok(Plan::Flush { immediate: flags & 0x02 != 0 })
+            Ok(Plan::Flush)
         }
         WRITE_SAME_10 | WRITE_SAME_16 => write_same(context, cdb),
         READ_BLOCK_DIGESTS => read_block_digests(disk, cdb),
@@ -124,7 +124,7 @@ fn write_same(context: &Context<'_>, cdb: &[u8; 16]) -> Result<Plan, Sense> {
     // None is all to the end (WSNZ 0).
     let blocks = if blocks == 0 { disk.blocks.saturating_sub(lba) } else { blocks };
     let (offset, length) = extent(disk, lba, blocks)?;
-    if blocks > MAX_SAME_BLOCKS {
+    if length > MAX_SAME_BYTES {
         return Err(Sense::invalid_field(length_field(cdb)));
     }
     let zeros = cdb.u8_at(0) == WRITE_SAME_16 && flags & 0x01 != 0;

@@ -45,7 +45,7 @@ pub struct Disk {
     pub product: String,
     /// PRODUCT REVISION LEVEL, at most 4 ASCII characters.
     pub revision: String,
-    /// PRODUCT SERIAL NUMBER, at most 64 ASCII characters. With the vendor it names the disk for ever, wherever it is
+    /// PRODUCT SERIAL NUMBER, at most [`MAX_SERIAL`] ASCII characters. With the vendor it names the disk for ever, wherever it is
     /// served from: multipath software takes two LUNs with the same serial for one disk.
     pub serial: String,
     /// Bytes of a logical block, 512 or 4096.
@@ -64,6 +64,9 @@ pub struct Disk {
     pub digests: bool,
 }
 
+/// Most characters of [`Disk::serial`]: with the vendor it is a designator, whose length has one byte, and initiators copy it
+/// into buffers of their own.
+pub const MAX_SERIAL: usize = 64;
 /// Bytes that one digest of READ BLOCK DIGESTS is about; fewer at the end of a disk that is no multiple of it.
 pub const DIGEST_BLOCK: u32 = 4096;
 /// Most digests of one READ BLOCK DIGESTS: those of 32 MiB, an answer of 32 KiB.
@@ -154,11 +157,9 @@ pub enum Plan {
         /// What it is.
         kind: Parameter,
     },
-    /// All that was written must be on the medium.
-    Flush {
-        /// Whether the answer may be given at once (IMMED).
-        immediate: bool,
-    },
+    /// All that was written must be on the medium before it is answered. IMMED would allow an answer before that: nobody could
+    /// be told then that it failed.
+    Flush,
     /// Find out which blocks are mapped, from here on.
     LbaStatus {
         /// From here, bytes.
@@ -277,13 +278,17 @@ fn request_sense(context: &Context<'_>, cdb: &[u8; 16], reply: &mut Vec<u8>) -> 
     Ok(Plan::Done)
 }
 
-/// START STOP UNIT (SBC-3 5.25): there is nothing to load or eject, and power is somebody else's.
+/// START STOP UNIT (SBC-3 5.25): there is nothing to load or eject, and power is somebody else's. But who stops a disk means to
+/// take its power, so what is cached goes to the medium first, unless NO_FLUSH is set.
 fn start_stop(cdb: &[u8; 16]) -> Result<Plan, Sense> {
     let byte = cdb.u8_at(4);
-    if byte >> 4 == 0 && byte & 0x02 != 0 {
+    let (condition, no_flush, eject, start) = (byte >> 4, byte & 0x04 != 0, byte & 0x02 != 0, byte & 0x01 != 0);
+    if condition == 0 && eject {
         return Err(Sense::invalid_field(4));
     }
-    Ok(Plan::Done)
+    // POWER CONDITION 0 leaves it to START, 1 is ACTIVE.
+    let starts = (condition == 0 && start) || condition == 1;
+    Ok(if starts || no_flush { Plan::Done } else { Plan::Flush })
 }
 
 /// Appends at most `allocation` bytes of an answer.

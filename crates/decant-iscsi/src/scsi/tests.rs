@@ -91,6 +91,62 @@ fn capacity_is_told_in_both_lengths() {
     assert_eq!(ask(&disk, &[0x9e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5]).1.len(), 5);
 }
 
+/// Whoever is told that it is done may take the power away.
+#[test]
+fn what_is_cached_is_flushed_whenever_somebody_asks_for_it() {
+    let disk = disk();
+    for immediate in [0x00, 0x02] {
+        assert_eq!(ask(&disk, &[0x35, immediate]).0, Ok(Plan::Flush));
+        assert_eq!(ask(&disk, &[0x91, immediate]).0, Ok(Plan::Flush));
+    }
+    for immediate in [0x00, 0x01] {
+        let start_stop = |byte: u8| ask(&disk, &[0x1b, immediate, 0, 0, byte]).0;
+        // Stop; idle and standby, by themselves and by force.
+        for byte in [0x00, 0x20, 0x30, 0xa0, 0xb0] {
+            assert_eq!(start_stop(byte), Ok(Plan::Flush), "{byte:#x}");
+            assert_eq!(start_stop(byte | 0x04), Ok(Plan::Done), "{byte:#x} with NO_FLUSH");
+        }
+        assert_eq!((start_stop(0x01), start_stop(0x10)), (Ok(Plan::Done), Ok(Plan::Done)), "started, active");
+        assert_eq!(start_stop(0x02), Err(Sense::invalid_field(4)), "nothing to eject");
+    }
+}
+
+#[test]
+fn write_same_is_at_most_what_block_limits_say() {
+    for block_bytes in [512, 4096] {
+        let disk = Disk { block_bytes, ..disk() };
+        let (_, page) = ask(&disk, &[0x12, 1, 0xb0, 0, 255]);
+        let most = page[4..].u64_at(32);
+        assert_eq!(most * u64::from(block_bytes), 32 << 20);
+        let same = |blocks: u64| {
+            let mut cdb = [0; 16];
+            cdb[0] = 0x93;
+            cdb[10..14].copy_from_slice(&(blocks as u32).to_be_bytes());
+            ask(&disk, &cdb).0
+        };
+        assert_eq!(same(most), Ok(Plan::Same { offset: 0, length: 32 << 20, unmap: false, zeros: false }));
+        assert_eq!(same(most + 1), Err(Sense::invalid_field(10)));
+        // To the end, which is too far.
+        assert_eq!(same(0), Err(Sense::invalid_field(10)));
+    }
+}
+
+#[test]
+fn the_disk_and_its_port_are_named_as_of_iscsi() {
+    let disk = Disk { serial: "0123456789".repeat(9), ..disk() };
+    let (_, serial) = ask(&disk, &[0x12, 1, 0x80, 0, 255]);
+    assert_eq!(serial[4..], disk.serial.as_bytes()[..MAX_SERIAL]);
+    let (_, page) = ask(&disk, &[0x12, 1, 0x83, 4, 0]);
+    let (mut rest, mut heads) = (&page[4..], Vec::new());
+    while let [head, kind, _, length, tail @ ..] = rest {
+        heads.push((*head, *kind, *length));
+        rest = &tail[usize::from(*length)..];
+    }
+    // Vendor and serial, NAA; with PROTOCOL IDENTIFIER 5h relative port, port group and the port's name.
+    let port = "iqn.2026-11.dev.decant:x,t,0x0001\0".len().next_multiple_of(4) as u8;
+    assert_eq!(heads, [(0x02, 1, 72), (0x01, 3, 8), (0x51, 0x94, 4), (0x51, 0x95, 4), (0x53, 0x98, port)]);
+}
+
 #[test]
 fn mode_select_takes_what_can_be_changed_and_nothing_else() {
     let disk = disk();

@@ -207,7 +207,7 @@ impl Connection {
                 Ok(())
             }
             Header::LogoutRequest(request) => {
-                self.logout_request(request, target, out);
+                self.logout_request(request, &bhs, target, out);
                 Ok(())
             }
             _ => Ok(()),

@@ -26,9 +26,42 @@ pub(super) struct TextExchange {
 /// What time has to do with a connection; milliseconds of the caller's clock.
 #[derive(Debug, Default)]
 pub(super) struct Clock {
-    pub(super) heard: bool,
+    heard: bool,
+    /// Bytes that came and were left over: they come again, and are no news then.
+    left: usize,
     last_heard: Option<u64>,
-    pinged: Option<u64>,
+    pinged: Option<Ping>,
+}
+
+/// A ping that is not answered.
+#[derive(Debug)]
+struct Ping {
+    since: u64,
+    /// The transport has taken all that is before it when it has taken so many bytes.
+    before: u64,
+    /// How many it had taken when that was looked at last; `None`: so many.
+    taken: Option<u64>,
+}
+
+impl Clock {
+    /// `length` bytes of input were there, and so many of them were dealt with.
+    pub(super) fn handle_input(&mut self, length: usize, consumed: usize) {
+        if length > 0 {
+            self.heard |= length > self.left;
+            self.left = length.saturating_sub(consumed);
+        }
+    }
+}
+
+impl Ping {
+    /// While it is on its way into the transport, behind what else is to be sent, the initiator cannot answer it: what moves
+    /// there puts the time off. So a slow network is not taken for a dead one.
+    fn handle_taken(&mut self, taken: u64, now: u64) {
+        if self.taken.is_some_and(|last| last < taken) {
+            self.since = now;
+            self.taken = (taken < self.before).then_some(taken);
+        }
+    }
 }
 
 impl Connection {
@@ -60,21 +93,21 @@ impl Connection {
             Phase::FullFeature if clock.heard => {
                 (clock.heard, clock.last_heard, clock.pinged) = (false, Some(now), None);
             }
-            Phase::FullFeature => match clock.pinged {
-                Some(pinged) if now.saturating_sub(pinged) > limits.ping_timeout_ms => {
-                    return Err(self.fail(Violation::OutOfPlace("a ping was not answered")));
+            Phase::FullFeature => match &mut clock.pinged {
+                Some(ping) => {
+                    ping.handle_taken(out.taken(), now);
+                    if now.saturating_sub(ping.since) > limits.ping_timeout_ms {
+                        return Err(self.fail(Violation::OutOfPlace("a ping was not answered")));
+                    }
                 }
-                None if since > limits.ping_after_ms => {
-                    clock.pinged = Some(now);
-                    self.ping(out);
-                }
-                _ => {}
+                None if since > limits.ping_after_ms => self.ping(now, out),
+                None => {}
             },
         }
         Ok(())
     }
 
-    fn ping<B: AsRef<[u8]>>(&mut self, out: &mut Outbox<B>) {
+    fn ping<B: AsRef<[u8]>>(&mut self, now: u64, out: &mut Outbox<B>) {
         // StatSN is the next one: a ping takes none (11.19.1).
         let nop = NopIn {
             is_final: true,
@@ -85,6 +118,9 @@ impl Connection {
             max_cmd_sn: self.max_cmd_sn,
             ..NopIn::default()
         };
+        let before = out.taken().saturating_add(out.len() as u64);
+        let taken = (!out.is_empty()).then_some(out.taken());
+        self.clock.pinged = Some(Ping { since: now, before, taken });
         self.put(&nop.into(), &[], out);
     }
 
@@ -245,7 +281,10 @@ impl Connection {
     pub(super) fn abort(&mut self, slot: usize) {
         let Some(Some(task)) = self.tasks.get_mut(slot) else { return };
         if task.is_running() {
-            task.state = State::Aborted;
+            if task.state != State::Aborted {
+                task.state = State::Aborted;
+                self.events.push_back(Event::Abort(Self::task_id(slot)));
+            }
             return;
         }
         self.forget_buffer(slot);
@@ -292,10 +331,14 @@ impl Connection {
     pub(super) fn logout_request<B: AsRef<[u8]>>(
         &mut self,
         request: &LogoutRequest,
+        bhs: &[u8; pdu::BHS_BYTES],
         target: &mut Target,
         out: &mut Outbox<B>,
     ) {
         self.widen();
+        if self.pending.len() >= MAX_IMMEDIATE as usize {
+            return self.reject(reject_reason::IMMEDIATE, bhs, out);
+        }
         match request.reason {
             0 => {}
             1 if request.cid == self.cid => {}

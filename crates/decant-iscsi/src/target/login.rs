@@ -2,7 +2,7 @@
 
 use super::{Access, Connection, Event, Farewell, Outbox, Phase, Sink, Target};
 use crate::chap::{self, Challenge};
-use crate::error::Violation;
+use crate::error::{Violation, cut};
 use crate::login::{DEFAULT_MAX_SEGMENT, Negotiation, Stage, Status};
 use crate::pdu::{self, Digests, Header, LoginRequest, LoginResponse};
 use crate::text::{self, Pairs, TextIn, TextOut};
@@ -41,6 +41,31 @@ pub(super) struct Login {
     waiting: Option<LoginRequest>,
 }
 
+/// Why a login is refused: what the initiator is told, and what the log is.
+struct Refusal {
+    status: Status,
+    why: String,
+}
+
+impl Refusal {
+    fn of(status: Status, why: String) -> Self {
+        Self { status, why }
+    }
+
+    fn unproved(why: &str) -> Self {
+        Self::of(Status::AUTHENTICATION_FAILURE, why.to_owned())
+    }
+
+    /// Of an initiator that breaks the protocol.
+    fn wrong(violation: &Violation) -> Self {
+        Self::of(Status::INITIATOR_ERROR, violation.to_string())
+    }
+
+    fn violation(self) -> Violation {
+        Violation::RefusedLogin { status: self.status, why: self.why }
+    }
+}
+
 impl Login {
     pub(super) fn new(random: [u8; chap::RANDOM_BYTES]) -> Self {
         Self {
@@ -61,24 +86,36 @@ impl Login {
     }
 
     /// Takes over who logs in to what (the first request's text).
-    fn identify(&mut self, pairs: &Pairs, target: &Target) -> Result<(), Status> {
-        let initiator = pairs.value("InitiatorName").ok_or(Status::MISSING_PARAMETER)?;
-        if !text::is_name(initiator) {
-            return Err(Status::INITIATOR_ERROR);
+    fn identify(&mut self, pairs: &Pairs, target: &Target) -> Result<(), Refusal> {
+        let missing = |key: &str| Refusal::of(Status::MISSING_PARAMETER, format!("there is no {key}"));
+        let initiator = pairs.value("InitiatorName").ok_or_else(|| missing("InitiatorName"))?;
+        if !text::is_peer_name(initiator) {
+            let why = format!("{:?} is no iSCSI name: {}", cut(initiator), text::PEER_NAME);
+            return Err(Refusal::of(Status::INITIATOR_ERROR, why));
         }
         self.discovery = match pairs.value("SessionType") {
             None | Some("Normal") => false,
             Some("Discovery") => true,
-            Some(_) => return Err(Status::SESSION_TYPE),
+            Some(other) => {
+                let why = format!("SessionType={:?} is neither Normal nor Discovery", cut(other));
+                return Err(Refusal::of(Status::SESSION_TYPE, why));
+            }
         };
         match pairs.value("TargetName") {
-            None if !self.discovery => return Err(Status::MISSING_PARAMETER),
-            Some(name) if !name.eq_ignore_ascii_case(&target.config.name) => return Err(Status::NOT_FOUND),
+            None if !self.discovery => return Err(missing("TargetName")),
+            Some(name) if !name.eq_ignore_ascii_case(&target.config.name) => {
+                let why = format!("{:?} is asked for, and here is {:?}", cut(name), target.config.name);
+                return Err(Refusal::of(Status::NOT_FOUND, why));
+            }
             _ => {}
         }
         let fits =
             |access: &&Access| access.initiator.as_deref().is_none_or(|name| name.eq_ignore_ascii_case(initiator));
-        let access = target.config.access.iter().find(fits).ok_or(Status::AUTHORIZATION_FAILURE)?;
+        let stranger = || {
+            let why = format!("{:?} is not on the list of initiators that may log in", cut(initiator));
+            Refusal::of(Status::AUTHORIZATION_FAILURE, why)
+        };
+        let access = target.config.access.iter().find(fits).ok_or_else(stranger)?;
         self.access = Some(access.clone());
         self.initiator = initiator.to_ascii_lowercase();
         self.negotiation = Some(Negotiation::new(target.config.offer.clone(), self.discovery));
@@ -93,7 +130,7 @@ impl Login {
     }
 
     /// The security stage (12.1).
-    fn secure(&mut self, pairs: &Pairs) -> Result<(), Status> {
+    fn secure(&mut self, pairs: &Pairs) -> Result<(), Refusal> {
         for (key, _) in pairs.iter() {
             let declared = matches!(
                 key,
@@ -107,7 +144,7 @@ impl Login {
         if let Some(methods) = pairs.value("AuthMethod") {
             let wanted = if self.chap().is_some() { "CHAP" } else { "None" };
             if self.proof == Proof::Challenged || !methods.split(',').any(|method| method == wanted) {
-                return Err(Status::AUTHENTICATION_FAILURE);
+                return Err(Refusal::unproved(&format!("AuthMethod={:?} where {wanted} is wanted", cut(methods))));
             }
             self.out.push("AuthMethod", wanted);
             if self.chap().is_some() {
@@ -116,7 +153,7 @@ impl Login {
         }
         if let Some(algorithms) = pairs.value("CHAP_A") {
             if self.proof != Proof::Chap || !algorithms.split(',').any(|algorithm| algorithm == chap::MD5) {
-                return Err(Status::AUTHENTICATION_FAILURE);
+                return Err(Refusal::unproved(&format!("CHAP_A={:?} where 5 (MD5) is wanted, once", cut(algorithms))));
             }
             self.out.push("CHAP_A", chap::MD5);
             self.challenge.put(&mut self.out);
@@ -128,25 +165,32 @@ impl Login {
         Ok(())
     }
 
-    fn prove(&mut self, pairs: &Pairs) -> Result<(), Status> {
-        let failed = Status::AUTHENTICATION_FAILURE;
-        let (Some(name), Some(response)) = (pairs.value("CHAP_N"), pairs.value("CHAP_R")) else { return Err(failed) };
-        let chap = self.chap().cloned().filter(|_| self.proof == Proof::Challenged).ok_or(failed)?;
+    fn prove(&mut self, pairs: &Pairs) -> Result<(), Refusal> {
+        let (Some(name), Some(response)) = (pairs.value("CHAP_N"), pairs.value("CHAP_R")) else {
+            return Err(Refusal::unproved("CHAP_N and CHAP_R come together"));
+        };
+        let unasked = || Refusal::unproved("an answer to a challenge that was not given");
+        let chap = self.chap().cloned().filter(|_| self.proof == Proof::Challenged).ok_or_else(unasked)?;
         // The response is computed whatever the name, so that time does not tell whether the name exists.
         let proved = self.challenge.is_answered_by(&chap.initiator().secret, response);
         if !proved || name != chap.initiator().name {
-            return Err(failed);
+            let what = if proved { "the CHAP name is another" } else { "the CHAP secret is another" };
+            return Err(Refusal::unproved(what));
         }
         match (pairs.value("CHAP_I"), pairs.value("CHAP_C")) {
             (None, None) => {}
             (Some(id), Some(challenge)) => {
-                let own = chap.target().ok_or(failed)?;
-                let answer =
-                    chap::answer_text(&own.secret, id, challenge, Some(&self.challenge)).map_err(|_| failed)?;
+                let own = chap.target().ok_or_else(|| {
+                    Refusal::unproved(
+                        "the initiator wants a proof of the target too, and no secret is configured for that",
+                    )
+                })?;
+                let answer = chap::answer_text(&own.secret, id, challenge, Some(&self.challenge));
+                let answer = answer.map_err(|violation| Refusal::unproved(&violation.to_string()))?;
                 self.out.push("CHAP_N", &own.name);
                 self.out.push("CHAP_R", &answer);
             }
-            _ => return Err(failed),
+            _ => return Err(Refusal::unproved("CHAP_I and CHAP_C come together")),
         }
         self.proof = Proof::Done;
         Ok(())
@@ -204,38 +248,44 @@ impl Connection {
                 self.answer_login(request, out);
                 Ok(())
             }
-            Err(status) => {
-                self.refuse_login(request, status, out);
-                Err(Violation::LoginRefused { status })
+            Err(refusal) => {
+                self.refuse_login(request, refusal.status, out);
+                Err(refusal.violation())
             }
         }
     }
 
     /// Takes a request into the login's state; whether it asks for the full feature phase and all is ready for it.
-    fn login_step(&mut self, request: &LoginRequest, target: &Target) -> Result<bool, Status> {
+    fn login_step(&mut self, request: &LoginRequest, target: &Target) -> Result<bool, Refusal> {
         let collected = std::mem::take(&mut self.collected);
-        let Phase::Login(login) = &mut self.phase else { return Err(Status::TARGET_ERROR) };
+        let Phase::Login(login) = &mut self.phase else { return Err(Refusal::wrong(&Violation::Ended)) };
         let stages = Stage::check(request.transit, request.more, request.stage, request.next_stage);
-        let (stage, next) = stages.map_err(|_| Status::INITIATOR_ERROR)?;
+        let (stage, next) = stages.map_err(|violation| Refusal::wrong(&violation))?;
         if stage != login.stage {
-            return Err(Status::INITIATOR_ERROR);
+            return Err(Refusal::wrong(&Violation::Malformed("login stages")));
         }
         if request.version_min > 0 {
-            return Err(Status::UNSUPPORTED_VERSION);
+            let why = format!("version {} at least is wanted, and this is 0", request.version_min);
+            return Err(Refusal::of(Status::UNSUPPORTED_VERSION, why));
         }
         if login.steps == 1 && request.tsih != 0 {
             let known = target.has_tsih(request.tsih);
-            return Err(if known { Status::TOO_MANY_CONNECTIONS } else { Status::NO_SESSION });
+            let status = if known { Status::TOO_MANY_CONNECTIONS } else { Status::NO_SESSION };
+            let why = format!("a connection is to be added to session {}, and a session has one", request.tsih);
+            return Err(Refusal::of(status, why));
         }
-        login.text.push(&collected).map_err(|_| Status::OUT_OF_RESOURCES)?;
+        let too_long = |violation: Violation| Refusal::of(Status::OUT_OF_RESOURCES, violation.to_string());
+        login.text.push(&collected).map_err(too_long)?;
         if request.more {
             return Ok(false);
         }
         if !login.out.is_empty() {
             // The initiator asks for the rest of our text: it has nothing to say itself (6.2).
-            return if login.text.is_empty() { Ok(false) } else { Err(Status::INITIATOR_ERROR) };
+            let wrong =
+                || Refusal::wrong(&Violation::OutOfPlace("text while the answer to the text before is not over"));
+            return if login.text.is_empty() { Ok(false) } else { Err(wrong()) };
         }
-        let pairs = login.text.take().map_err(|_| Status::INITIATOR_ERROR)?;
+        let pairs = login.text.take().map_err(|violation| Refusal::wrong(&violation))?;
         if login.access.is_none() {
             login.identify(&pairs, target)?;
         }
@@ -243,10 +293,11 @@ impl Connection {
             Stage::Security => login.secure(&pairs)?,
             _ => {
                 if login.proof != Proof::Done {
-                    return Err(Status::AUTHENTICATION_FAILURE);
+                    return Err(Refusal::unproved("the initiator goes on without the proof that it owes"));
                 }
-                let negotiation = login.negotiation.as_mut().ok_or(Status::TARGET_ERROR)?;
-                negotiation.handle(&pairs, &mut login.out).map_err(|_| Status::INITIATOR_ERROR)?;
+                let Some(negotiation) = &mut login.negotiation else { return Err(Refusal::wrong(&Violation::Ended)) };
+                let agreed = negotiation.handle(&pairs, &mut login.out);
+                agreed.map_err(|violation| Refusal::wrong(&violation))?;
                 negotiation.declare(&mut login.out);
             }
         }
@@ -302,6 +353,12 @@ impl Connection {
         self.put_login(&response, &[], out);
     }
 
+    fn refuse_and_close<B: AsRef<[u8]>>(&mut self, request: &LoginRequest, refusal: Refusal, out: &mut Outbox<B>) {
+        self.refuse_login(request, refusal.status, out);
+        self.refusal = Some(refusal.violation());
+        self.close(None);
+    }
+
     /// Whether the login's last answer waits for another session to end: no input is taken then.
     pub(super) fn is_waiting(&self) -> bool {
         matches!(&self.phase, Phase::Login(login) if login.waiting.is_some())
@@ -320,15 +377,19 @@ impl Connection {
         }
         login.waiting = None;
         if target.is_shutting_down() || (!login.discovery && target.is_full()) {
-            let status = if target.is_shutting_down() { Status::UNAVAILABLE } else { Status::OUT_OF_RESOURCES };
-            self.refuse_login(&request, status, out);
-            self.close(None);
-            return;
+            let refusal = if target.is_shutting_down() {
+                Refusal::of(Status::UNAVAILABLE, "the target is shutting down".to_owned())
+            } else {
+                let why =
+                    format!("there are {} sessions, which is all that there may be", target.config.limits.sessions);
+                Refusal::of(Status::OUT_OF_RESOURCES, why)
+            };
+            return self.refuse_and_close(&request, refusal, out);
         }
-        let Some(Ok(params)) = login.negotiation.as_ref().map(Negotiation::finish) else {
-            self.refuse_login(&request, Status::INITIATOR_ERROR, out);
-            self.close(None);
-            return;
+        let params = login.negotiation.as_ref().map_or(Err(Violation::Ended), Negotiation::finish);
+        let params = match params {
+            Ok(params) => params,
+            Err(violation) => return self.refuse_and_close(&request, Refusal::wrong(&violation), out),
         };
         let (piece, more) = login.out.next_piece(DEFAULT_MAX_SEGMENT as usize);
         debug_assert!(!more, "the answers to one round of keys are far shorter than a segment");

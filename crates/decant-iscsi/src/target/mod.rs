@@ -46,7 +46,7 @@ pub struct Limits {
     pub queue_depth: u32,
     /// Sessions, those that are ending included.
     pub sessions: usize,
-    /// Bytes in an [`Outbox`] above which no input is taken.
+    /// Bytes in an [`Outbox`] above which no PDU is begun.
     pub outbound_bytes: usize,
     /// A login takes no longer.
     pub login_ms: u64,
@@ -239,8 +239,22 @@ pub enum Event {
     },
     /// The task was aborted before it came to a request: its buffer is not needed.
     Forget(TaskId),
+    /// The task was aborted, and whoever aborted it waits for the end of its request: [`Connection::complete`] that as soon as it
+    /// can be, performed or not.
+    Abort(TaskId),
     /// Send all output and close. Requests that still run are to be completed nevertheless.
     Close(Option<Farewell>),
+}
+
+/// Data that come next in the stream; see [`Connection::data_wanted`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wanted {
+    /// Whose.
+    pub task: TaskId,
+    /// Where in the task's buffer.
+    pub range: Range<u32>,
+    /// The buffer's length, as of [`Event::Data`]: a buffer of another length is not this task's.
+    pub total: u32,
 }
 
 /// Where the data goes that follows the header that came last.
@@ -301,6 +315,7 @@ pub struct Connection {
     scratch: Vec<u8>,
     text: control::TextExchange,
     clock: control::Clock,
+    refusal: Option<Violation>,
 }
 
 impl Connection {
@@ -334,7 +349,13 @@ impl Connection {
             scratch: Vec::new(),
             text: control::TextExchange::default(),
             clock: control::Clock::default(),
+            refusal: None,
         }
+    }
+
+    /// Why the login was refused, where that was not [`Self::handle_input`]'s error: [`Event::Close`] came of it.
+    pub fn refusal(&self) -> Option<&Violation> {
+        self.refusal.as_ref()
     }
 
     /// What the target's wakeups name it by.
@@ -357,28 +378,40 @@ impl Connection {
         !self.tasks.iter().flatten().any(Task::is_running)
     }
 
-    /// Deals with the next bytes of the stream; see [`Step`]. Takes nothing while more than [`Limits::outbound_bytes`] are
-    /// to be sent: the driver sends them, and calls again before it waits for more input.
+    /// Deals with the next bytes of the stream; see [`Step`]. Begins no PDU while more than [`Limits::outbound_bytes`] are to
+    /// be sent: the driver sends them, and calls again before it waits for more input. A PDU that has begun is taken to its end,
+    /// so that what was read to where [`Self::data_wanted`] said is never left over.
     ///
     /// # Errors
-    /// The peer broke the protocol: send what is in `out` if possible, close, and call [`Self::handle_disconnect`].
+    /// The peer broke the protocol: send what is in `out` if possible, close, take the events that are left, and call
+    /// [`Self::handle_disconnect`].
     pub fn handle_input<B: AsRef<[u8]>>(
         &mut self,
         target: &mut Target,
         input: &[u8],
         out: &mut Outbox<B>,
     ) -> Result<Step<Event>, Violation> {
-        self.clock.heard |= !input.is_empty();
+        let result = self.take_input(target, input, out);
+        if let Ok(step) = &result {
+            self.clock.handle_input(input.len(), step.consumed);
+        }
+        result
+    }
+
+    fn take_input<B: AsRef<[u8]>>(
+        &mut self,
+        target: &mut Target,
+        input: &[u8],
+        out: &mut Outbox<B>,
+    ) -> Result<Step<Event>, Violation> {
         self.sync(target, out);
         let mut consumed = 0usize;
         loop {
             if let Some(event) = self.events.pop_front() {
                 return Ok(Step { consumed, event: Some(event) });
             }
-            if matches!(self.phase, Phase::Ended)
-                || out.len() > target.config.limits.outbound_bytes
-                || self.is_waiting()
-            {
+            let is_full = !self.decoder.is_within() && out.len() > target.config.limits.outbound_bytes;
+            if matches!(self.phase, Phase::Ended) || is_full || self.is_waiting() {
                 return Ok(Step { consumed, event: None });
             }
             let rest = input.get(consumed..).unwrap_or_default();
@@ -403,8 +436,9 @@ impl Connection {
     }
 
     /// The task whose data come next in the stream, where they belong in its buffer, and how many. A driver that has no
-    /// unread input may read them straight there, and then call [`Self::handle_input`] with them.
-    pub fn data_wanted(&self) -> Option<(TaskId, Range<u32>)> {
+    /// unread input may read them straight there, and then call [`Self::handle_input`] with them: all of them are taken, unless
+    /// the connection ends.
+    pub fn data_wanted(&self) -> Option<Wanted> {
         let left = self.decoder.data_left();
         let Sink::Task(slot) = self.sink else { return None };
         if left == 0 || !self.events.is_empty() {
@@ -412,7 +446,7 @@ impl Connection {
         }
         let task = self.tasks.get(slot)?.as_ref()?;
         let range = task.wanted(left)?;
-        Some((TaskId(u32::try_from(slot).ok()?), range))
+        Some(Wanted { task: TaskId(u32::try_from(slot).ok()?), range, total: task.want })
     }
 
     /// The block that a [`Request::Fill`] repeats.
@@ -491,10 +525,9 @@ impl Connection {
         }
     }
 
-    /// Marks the end; gives the violation back.
+    /// Marks the end; gives the violation back. Events stay: among them may be requests, which the driver has to complete.
     fn fail(&mut self, violation: Violation) -> Violation {
         self.phase = Phase::Ended;
-        self.events.clear();
         violation
     }
 }

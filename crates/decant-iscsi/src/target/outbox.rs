@@ -25,6 +25,7 @@ pub struct Outbox<B> {
     buffers: VecDeque<B>,
     spent: Vec<B>,
     length: usize,
+    taken: u64,
 }
 
 impl<B> Default for Outbox<B> {
@@ -36,6 +37,7 @@ impl<B> Default for Outbox<B> {
             buffers: VecDeque::new(),
             spent: Vec::new(),
             length: 0,
+            taken: 0,
         }
     }
 }
@@ -44,6 +46,11 @@ impl<B: AsRef<[u8]>> Outbox<B> {
     /// Bytes to be sent.
     pub fn len(&self) -> usize {
         self.length
+    }
+
+    /// Bytes that were sent so far.
+    pub fn taken(&self) -> u64 {
+        self.taken
     }
 
     /// Whether there are none.
@@ -82,6 +89,7 @@ impl<B: AsRef<[u8]>> Outbox<B> {
     pub fn advance(&mut self, count: usize) {
         let mut left = count.min(self.length);
         self.length = self.length.saturating_sub(left);
+        self.taken = self.taken.saturating_add(left as u64);
         while let Some(segment) = self.segments.front_mut() {
             let length = match segment {
                 Segment::Own(length) => *length,

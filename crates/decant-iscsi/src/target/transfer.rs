@@ -180,8 +180,7 @@ impl Connection {
                 Some(Request::Zero { offset, length, unmap })
             }
             Plan::Same { offset, length, .. } => Some(Request::Fill { offset, length }),
-            Plan::Flush { immediate: true } => None,
-            Plan::Flush { immediate: false } => Some(Request::Flush),
+            Plan::Flush => Some(Request::Flush),
             Plan::LbaStatus { offset, descriptors, .. } => Some(Request::Status { offset, extents: descriptors }),
             Plan::Digests { offset, length } => Some(Request::Digests { offset, length }),
             Plan::Parameter { kind, .. } => match self.parameter(slot, kind, target) {

@@ -22,6 +22,7 @@ fn config() -> Config {
         first_cmd_sn: Serial(u32::MAX),
         ping_after_ms: 1000,
         ping_timeout_ms: 1000,
+        command_timeout_ms: 60_000,
     }
 }
 
@@ -286,7 +287,7 @@ fn what_may_pass_is_asked_again() {
     script.read(1, 0, 512);
     // A unit attention: at once. BUSY, TASK SET FULL, becoming ready: after a pause.
     let command = script.command();
-    script.check(command.task, 6, 0x2901).unwrap();
+    script.check(command.task, 6, 0x2a01).unwrap();
     for (status, asc) in [(0x08, None), (0x28, None), (2, Some(0x0401))] {
         let again = script.command();
         assert!(again.task != command.task && again.cdb == command.cdb);
@@ -330,6 +331,165 @@ fn what_goes_wrong_again_and_again_is_believed() {
     let failure = Failure::Check { key: 3, asc: 0x1100, information: Some(9) };
     assert!(failure.is_medium());
     assert_eq!(script.done(), (2, Err(failure)));
+}
+
+/// A power on, a reset, commands cleared: one command is told, and the others of the session are never answered.
+#[test]
+fn a_reset_disk_is_asked_for_everything_again() {
+    for asc in [0x2900, 0x2903, 0x2907, 0x2f00] {
+        let failure = Failure::Check { key: 6, asc, information: None };
+        let mut script = Script::session();
+        script.read(1, 0, 512);
+        script.read(2, 512, 512);
+        script.command();
+        let second = script.command();
+        assert_eq!(script.check(second.task, 6, asc), Err(Violation::Reset(failure)), "{asc:#x}");
+        script.initiator.handle_disconnect();
+        let mut lost: Vec<u64> = std::iter::from_fn(|| script.initiator.poll_lost()).map(|(tag, _)| tag).collect();
+        lost.sort_unstable();
+        assert_eq!(lost, [1, 2]);
+        // The same by way of an Asynchronous Message.
+        let mut script = Script::session();
+        let [code, qualifier] = asc.to_be_bytes();
+        let sense = [0, 18, 0x70, 0, 6, 0, 0, 0, 0, 10, 0, 0, 0, 0, code, qualifier, 0, 0, 0, 0];
+        let message = AsyncMessage {
+            is_final: true,
+            task: NO_TAG,
+            stat_sn: script.next_stat_sn(),
+            event: async_event::SCSI,
+            ..AsyncMessage::default()
+        };
+        assert_eq!(script.say(message, &sense), Err(Violation::Reset(failure)));
+    }
+}
+
+#[test]
+fn a_command_that_others_overtake_is_lost_in_the_end() {
+    let mut script = Script::session();
+    script.read(1, 0, 512);
+    script.command();
+    let mut result = Ok(());
+    while result.is_ok() && script.now < 200_000 {
+        script.read(2, 512, 512);
+        let command = script.command();
+        script.good(&command, &[2; 512]).unwrap();
+        assert_eq!(script.done().0, 2);
+        let at = script.initiator.poll_timeout().unwrap().min(script.now + 500);
+        result = script.tick(at);
+    }
+    assert_eq!((result, script.now), (Err(Violation::Lost { seconds: 60 }), 60_000));
+    // What waits behind others that come slowly is not lost, and neither is what comes slowly itself.
+    let mut script = Script::session();
+    script.read(1, 0, 2048);
+    script.read(2, 2048, 512);
+    script.read(3, 4096, 512);
+    let (first, second, third) = (script.command(), script.command(), script.command());
+    script.good(&third, &[3; 512]).unwrap();
+    for part in 0..4 {
+        let now = script.now + 500;
+        script.tick(now).unwrap();
+        script.now += 50_000;
+        let header = script.data_in(&first, part, part * 512, part == 3);
+        script.say(header, &[1; 512]).unwrap();
+        if part == 0 {
+            script.good(&second, &[2; 512]).unwrap();
+        }
+    }
+    let tags: Vec<u64> = (0..3).map(|_| script.done().0).collect();
+    assert_eq!(tags, [3, 2, 1]);
+    let mut script = Script::session();
+    script.read(1, 0, 512);
+    script.read(2, 512, 512);
+    let first = script.command();
+    script.command();
+    script.now += 500_000;
+    script.good(&first, &[1; 512]).unwrap();
+    let now = script.now + 500;
+    assert_eq!(script.tick(now), Ok(()), "nothing has overtaken the second");
+}
+
+/// A disk that puts everything off is no progress, and what it says comes out in the end.
+#[test]
+fn a_disk_that_is_never_ready_ends_the_session_with_its_reason() {
+    let check = |key, asc| Failure::Check { key, asc, information: None };
+    for (status, key, asc, failure) in [
+        (0x08, 0, 0, Failure::Status(0x08)),
+        (0x28, 0, 0, Failure::Status(0x28)),
+        (0x02, 2, 0x0401, check(2, 0x0401)),
+        (0x02, 6, 0x2a01, check(6, 0x2a01)),
+    ] {
+        let mut script = Script::session();
+        script.read(1, 0, 512);
+        let (began, progress) = (script.now, script.initiator.progress());
+        let mut tries = 0;
+        let violation = loop {
+            let command = script.command();
+            tries += 1;
+            let said = if status == 2 {
+                script.check(command.task, key, asc)
+            } else {
+                script.status(command.task, status, &[])
+            };
+            match said {
+                Err(violation) => break violation,
+                Ok(()) => assert!(tries < 100, "without end"),
+            }
+            while script.heard.is_empty() {
+                let at = script.initiator.poll_timeout().unwrap();
+                script.tick(at).unwrap();
+            }
+            script.heard.retain(|(header, _)| matches!(header, Header::ScsiCommand(_)));
+        };
+        assert_eq!(violation, Violation::NotReady(failure));
+        assert_eq!(script.initiator.progress(), progress, "nothing was answered");
+        let took = script.now - began;
+        assert!((3000..9000).contains(&took), "{took} ms: sooner than a silent disk is given up");
+    }
+    let said = Violation::NotReady(Failure::Status(0x08)).to_string();
+    assert_eq!(said, "the disk is not ready: status 08h (BUSY)");
+}
+
+#[test]
+fn patience_with_a_busy_disk_is_not_taken_from_another_failure() {
+    let mut script = Script::session();
+    script.read(1, 0, 512);
+    let again = |script: &mut Script| {
+        while script.heard.is_empty() {
+            let at = script.initiator.poll_timeout().unwrap();
+            script.tick(at).unwrap();
+        }
+        script.heard.retain(|(header, _)| matches!(header, Header::ScsiCommand(_)));
+    };
+    for _ in 0..10 {
+        let command = script.command();
+        script.status(command.task, 0x08, &[]).unwrap();
+        again(&mut script);
+    }
+    for _ in 0..8 {
+        let command = script.command();
+        script.check(command.task, 0x0b, 0x4b00).unwrap();
+        assert!(script.events.is_empty(), "the disk was busy, which was no failure");
+        again(&mut script);
+    }
+    let command = script.command();
+    script.good(&command, &[1; 512]).unwrap();
+    assert_eq!(script.done(), (1, Ok(Answer::Data(vec![1; 512]))));
+}
+
+/// What was left over comes again with every call: it is no sign of life.
+#[test]
+fn a_target_that_stops_in_the_midst_of_a_header_is_given_up() {
+    let mut script = Script::session();
+    let half = [0x20u8; 30];
+    let mut result = Ok(());
+    while result.is_ok() && script.now < 10_000 {
+        let mut out = Vec::new();
+        let step = script.initiator.handle_input(script.now, &half, &mut out).unwrap();
+        assert_eq!((step.consumed, step.event), (0, None));
+        result = script.tick(script.now + 100);
+    }
+    assert_eq!(result, Err(Violation::OutOfPlace("a ping was not answered")));
+    assert!(script.now <= 2100, "{}", script.now);
 }
 
 #[test]
@@ -535,6 +695,8 @@ fn a_target_that_has_moved_says_where() {
     let response = LoginResponse { status_class: 1, status_detail: 1, ..LoginResponse::default() };
     let moved = script.say(response, b"TargetAddress=192.0.2.7:3260,1\0");
     assert_eq!(moved, Err(Violation::Moved { address: "192.0.2.7:3260,1".into() }));
+    let said = moved.unwrap_err().to_string();
+    assert!(said.contains("192.0.2.7:3260,1") && said.contains("name that portal as the origin's"), "{said}");
 }
 
 /// Old disks, strange disks, and what is no disk.
@@ -615,7 +777,7 @@ fn captured() -> Vec<u8> {
     script.read(2, 4096, 512);
     let (first, second) = (script.command(), script.command());
     script.good(&second, &[2; 512]).unwrap();
-    script.check(first.task, 6, 0x2900).unwrap();
+    script.check(first.task, 6, 0x2a01).unwrap();
     let first = script.command();
     script.good(&first, &[1; 1024]).unwrap();
     script.said

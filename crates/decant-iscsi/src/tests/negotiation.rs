@@ -154,6 +154,13 @@ fn numbers_and_binaries_are_read_in_every_spelling() {
     assert!(
         !is_name("iqn.") && !is_name("iqn.a b") && !is_name("disk") && !is_name(&format!("iqn.{}", "a".repeat(230)))
     );
+    // What peers write is not what we write.
+    assert!(is_peer_name("iqn.2008-11.org.linux-kvm:my_vm") && !is_name("iqn.2008-11.org.linux-kvm:my_vm"));
+    for wrong in
+        ["iqn.", "iqn.a b", "iqn.a,b", "iqn.a/b", "iqn.a=b", "iqn.a\u{7}", "disk", &format!("iqn.{}", "_".repeat(220))]
+    {
+        assert!(!is_peer_name(wrong), "{wrong}");
+    }
 }
 
 #[test]

@@ -1,24 +1,26 @@
-//! One connection: its thread, and what comes back to it from elsewhere.
+//! One connection: its thread, and its socket.
+//!
+//! The thread goes round and round: whatever came from elsewhere, input, requests, output; it waits only when a round has
+//! nothing more to do. A kick says nothing but "look again", and everything that it can mean is looked at in every round: a
+//! kick that is lost on the way out, or that comes while there is always more input, holds up nothing. What one round does
+//! is bounded.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
-use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use decant_iscsi::chap::RANDOM_BYTES;
-use decant_iscsi::target::{Connection, Event, Failure, Outbox, Request, TaskId};
+use decant_iscsi::target::{Connection, Event, Outbox, Request, TaskId, Wanted};
 use decant_iscsi::{Step, Violation};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 
 use super::Shared;
 use super::buffers::{Buffer, Spare};
-use super::inbox::{Arrived, Inbox, Parked, work};
-use super::perform::{Ended, failure};
-use crate::device::Served;
+use super::inbox::{Arrived, Inbox};
 use crate::export::doors::Visitor;
 use crate::stream::{Socket, Wait, now};
 
@@ -27,9 +29,9 @@ const INPUT: usize = 64 * 1024;
 /// Data of a write of which so much is to come is read straight to its place.
 const DIRECT: u32 = 8 * 1024;
 /// Bytes of read data that are gathered before they are sent: small enough to be still in the processor's cache.
-const GATHER: usize = 512 * 1024;
-/// Above so many unsent bytes nothing more is read from the device.
-const UNSENT: usize = 2 * 1024 * 1024;
+pub(super) const GATHER: usize = 512 * 1024;
+/// Above so many unsent bytes nothing more is read from the device, and what was read elsewhere waits.
+pub(super) const UNSENT: usize = 2 * 1024 * 1024;
 /// Parts in one system call: a full queue of small reads, header and data each.
 const PARTS: usize = 160;
 /// How often the protocol machine is told the time.
@@ -42,125 +44,163 @@ enum Broken {
     Io(#[from] io::Error),
     #[error("{0}")]
     Protocol(#[from] Violation),
+    #[error("the protocol left {0} bytes that it had asked for, a defect of this program; nothing of them was written")]
+    LeftOver(usize),
     #[error("the export is closing")]
     Closing,
 }
 
 /// What the driver knows of a task.
 #[derive(Default)]
-struct Slot {
+pub(super) struct Slot {
     /// What the initiator sent for it.
-    buffer: Option<Buffer>,
-    /// The number of the request that is not done here, while there is one: what comes under another number is of a task that
-    /// is gone.
-    away: Option<u64>,
-    /// A parked read: given up when the connection ends, since nothing is changed by it.
-    is_read: bool,
+    pub(super) buffer: Option<Buffer>,
+    /// The request that is not done here, while there is one.
+    pub(super) away: Option<Away>,
 }
 
-struct Link<'a> {
-    shared: &'a Arc<Shared>,
+/// A request that somebody else does.
+pub(super) struct Away {
+    /// Its number: what comes under another is of a task that is gone.
+    pub(super) serial: u64,
+    /// Tells a worker that nobody wants it any more; `None`: a parked read.
+    pub(super) unwanted: Option<Arc<AtomicBool>>,
+    /// What is to be done when it has succeeded, before the task is told.
+    pub(super) then: Option<Request>,
+}
+
+impl Away {
+    pub(super) fn is_unwanted(&self) -> bool {
+        self.unwanted.as_ref().is_some_and(|flag| flag.load(Ordering::Relaxed))
+    }
+}
+
+pub(super) struct Link<'a> {
+    pub(super) shared: &'a Arc<Shared>,
     socket: Arc<OwnedFd>,
-    inbox: Arc<Inbox>,
-    machine: Connection,
-    out: Outbox<Buffer>,
-    slots: Vec<Slot>,
-    spare: Spare,
-    requests: VecDeque<(TaskId, Request)>,
-    next_serial: u64,
-    closing: bool,
+    pub(super) inbox: Arc<Inbox>,
+    pub(super) machine: Connection,
+    pub(super) out: Outbox<Buffer>,
+    pub(super) slots: Vec<Slot>,
+    pub(super) spare: Spare,
+    /// What is to be done, in order.
+    pub(super) requests: VecDeque<(TaskId, Request)>,
+    /// What came back from elsewhere and is not answered.
+    pub(super) arrived: VecDeque<Arrived>,
+    /// Tasks that were aborted, not dealt with yet.
+    pub(super) unwanted: Vec<TaskId>,
+    pub(super) next_serial: u64,
+    pub(super) closing: bool,
     was_logged_in: bool,
     peer: String,
     input: Vec<u8>,
     start: usize,
     end: usize,
+    /// Whether there may be input that was not read: the last read filled its buffer, or there was none since the last wait.
+    more: bool,
 }
 
 /// Serves one connection to its end.
 pub(super) fn run(shared: &Arc<Shared>, visitor: Visitor) {
-    let Visitor { socket, kick, peer } = visitor;
-    let mut random = [0; RANDOM_BYTES];
-    // Blocks only in the first seconds after a boot, until there is entropy.
-    if let Err(error) = getrandom::fill(&mut random) {
-        shared.doors.refuse();
-        return tracing::warn!(peer, %error, "no random bytes for an iSCSI login");
-    }
-    let machine = Connection::new(&mut shared.target(), random);
-    let id = machine.id();
-    shared.kicks().insert(id, Arc::clone(&kick));
-    let slots = std::iter::repeat_with(Slot::default).take(machine.task_ids() as usize).collect();
-    let mut link = Link {
-        shared,
-        socket: Arc::new(socket),
-        inbox: Arc::new(Inbox::new(kick)),
-        machine,
-        out: Outbox::default(),
-        slots,
-        spare: Spare::default(),
-        requests: VecDeque::new(),
-        next_serial: 0,
-        closing: false,
-        was_logged_in: false,
-        peer,
-        input: vec![0; INPUT],
-        start: 0,
-        end: 0,
-    };
+    let Some(mut link) = Link::new(shared, visitor) else { return };
     let ended = link.serve();
     link.report(ended);
     link.finish();
-    shared.kicks().remove(&id);
+    shared.kicks().remove(&link.machine.id());
     shared.wake_others();
 }
 
-impl Link<'_> {
+impl<'a> Link<'a> {
+    /// A connection that is to log in.
+    fn new(shared: &'a Arc<Shared>, visitor: Visitor) -> Option<Self> {
+        let Visitor { socket, kick, peer } = visitor;
+        let mut random = [0; RANDOM_BYTES];
+        // Blocks only in the first seconds after a boot, until there is entropy.
+        if let Err(error) = getrandom::fill(&mut random) {
+            shared.doors.refuse();
+            tracing::warn!(peer, %error, "no random bytes for an iSCSI login");
+            return None;
+        }
+        let machine = Connection::new(&mut shared.target(), random);
+        shared.kicks().insert(machine.id(), Arc::clone(&kick));
+        let slots = std::iter::repeat_with(Slot::default).take(machine.task_ids() as usize).collect();
+        Some(Self {
+            shared,
+            socket: Arc::new(socket),
+            inbox: Arc::new(Inbox::new(kick)),
+            machine,
+            out: Outbox::default(),
+            slots,
+            spare: Spare::default(),
+            requests: VecDeque::new(),
+            arrived: VecDeque::new(),
+            unwanted: Vec::new(),
+            next_serial: 0,
+            closing: false,
+            was_logged_in: false,
+            peer,
+            input: vec![0; INPUT],
+            start: 0,
+            end: 0,
+            more: true,
+        })
+    }
+
     fn serve(&mut self) -> Result<(), Broken> {
         let began = now();
         let mut ticked = began;
         let socket = Socket::from(Arc::clone(&self.socket));
-        // Whether the last read filled its buffer: then there may be more, and waiting would be a call for nothing.
-        let mut more = true;
         loop {
-            let consumed = self.feed()?;
-            self.perform();
-            self.shared.wake_others();
-            let sent = self.send()?;
+            // Before the round, which hears of the farewell that comes with it.
+            let is_closed = self.shared.doors.is_closed();
+            let goes_on = self.round()?;
             if self.closing {
                 return self.send_rest(&socket);
             }
-            let may_perform = !self.requests.is_empty() && self.out.len() < UNSENT && self.shared.device.ready();
-            if may_perform || (self.start < self.end && (consumed > 0 || sent)) {
+            if is_closed {
+                return Err(Broken::Closing);
+            }
+            if goes_on {
                 continue;
             }
-            self.compact();
             let time = now();
             if time.duration_since(ticked) >= TICK {
                 ticked = time;
                 self.tick(time.duration_since(began))?;
-                continue;
+            } else if !self.receive()? {
+                self.wait(&socket, time.checked_add(TICK))?;
             }
-            let full = self.end == self.input.len();
-            let received = if more && !full { self.receive()? } else { None };
-            more = match received {
-                Some(filled) => filled,
-                None => {
-                    let want = match (self.out.is_empty(), full) {
-                        (true, false) => Wait::Read,
-                        // The protocol takes nothing more before something else has happened.
-                        (true, true) => Wait::Hangup,
-                        (false, true) => Wait::Write,
-                        (false, false) => Wait::ReadWrite,
-                    };
-                    if socket.wait(want, &self.inbox.kick, time.checked_add(TICK))? {
-                        self.handle_kick()?;
-                    }
-                    true
-                }
-            };
         }
     }
 
-    /// Deals with the input that is there; says how much of it.
+    /// Does what can be done without reading from the socket; says whether there may be more of it.
+    fn round(&mut self) -> Result<bool, Broken> {
+        self.take_arrived();
+        let consumed = self.feed()?;
+        self.perform();
+        self.shared.wake_others();
+        let sent = self.send()?;
+        let has_room = self.out.len() < UNSENT;
+        let may_perform = !self.requests.is_empty() && self.shared.device.ready();
+        let has_input = self.start < self.end && (consumed > 0 || sent);
+        Ok(has_input || (has_room && (may_perform || !self.arrived.is_empty())))
+    }
+
+    /// Waits for the socket, or for whoever kicks.
+    fn wait(&mut self, socket: &Socket, deadline: Option<Instant>) -> Result<(), Broken> {
+        let want = match (self.out.is_empty(), self.end == self.input.len()) {
+            (true, false) => Wait::Read,
+            // The protocol takes nothing more before something else has happened.
+            (true, true) => Wait::Hangup,
+            (false, true) => Wait::Write,
+            (false, false) => Wait::ReadWrite,
+        };
+        socket.wait(want, &self.inbox.kick, deadline)?;
+        self.more = true;
+        Ok(())
+    }
+
+    /// Deals with the input that is there, and with what other connections did to this one; says how much of the input.
     fn feed(&mut self) -> Result<usize, Broken> {
         let shared = self.shared;
         let mut target = shared.target();
@@ -186,23 +226,6 @@ impl Link<'_> {
         result
     }
 
-    fn take_data(&mut self, task: TaskId, offset: usize, total: usize, data: &[u8]) {
-        let Some(slot) = self.slots.get_mut(task.0 as usize) else { return };
-        let buffer = match &mut slot.buffer {
-            Some(buffer) if buffer.len() == total => buffer,
-            // One that a task which was aborted has left.
-            other => {
-                if let Some(old) = other.take() {
-                    self.spare.put(old);
-                }
-                other.insert(self.spare.take(total))
-            }
-        };
-        if let Some(place) = buffer.bytes().get_mut(offset..offset + data.len()) {
-            place.copy_from_slice(data);
-        }
-    }
-
     fn act(&mut self, event: Event) {
         match event {
             Event::LoggedIn { initiator, discovery } => {
@@ -216,6 +239,7 @@ impl Link<'_> {
                     self.spare.put(buffer);
                 }
             }
+            Event::Abort(task) => self.unwanted.push(task),
             Event::Close(farewell) => {
                 if let Some(farewell) = farewell {
                     tracing::info!(peer = self.peer, ?farewell, "iSCSI session ends");
@@ -225,117 +249,10 @@ impl Link<'_> {
         }
     }
 
-    fn poll(&mut self) {
+    pub(super) fn poll(&mut self) {
         while let Some(event) = self.machine.poll_event() {
             self.act(event);
         }
-    }
-
-    /// Does what is asked for, as far as it can be done at once; the rest is handed on.
-    fn perform(&mut self) {
-        let mut gathered = 0;
-        while gathered < GATHER && self.out.len() < UNSENT && !self.requests.is_empty() && self.shared.device.ready() {
-            let Some((task, request)) = self.requests.pop_front() else { return };
-            gathered += match request {
-                Request::Read { length, .. } | Request::Write { length, .. } => length as usize,
-                _ => 0,
-            };
-            if let Some(ended) = self.start_request(task, request) {
-                self.complete(task, ended);
-            }
-        }
-    }
-
-    /// Does a request, or has it done: then there is no outcome yet.
-    fn start_request(&mut self, task: TaskId, request: Request) -> Option<Ended> {
-        match request {
-            Request::Read { offset, length, fua: false } => self.read(task, offset, length as usize),
-            Request::Write { offset, length, fua: false, keep: false } => {
-                let mut buffer = self.slots.get_mut(task.0 as usize)?.buffer.take()?;
-                let bytes = buffer.bytes().get_mut(..length as usize).unwrap_or_default();
-                let result = self.shared.device.write(offset, bytes);
-                self.spare.put(buffer);
-                Some(result.map_or_else(|errno| Ended::Failed(failure(errno, Some(offset))), |()| Ended::Done))
-            }
-            _ => {
-                self.hand_on(task, request);
-                None
-            }
-        }
-    }
-
-    fn read(&mut self, task: TaskId, offset: u64, length: usize) -> Option<Ended> {
-        let mut buffer = self.spare.take(length);
-        let serial = self.next_serial;
-        self.next_serial += 1;
-        let inbox = &self.inbox;
-        let read = self
-            .shared
-            .device
-            .read(offset, buffer.bytes(), &mut || Box::new(Parked { inbox: Arc::clone(inbox), task, serial, offset }));
-        self.shared.bytes_read.fetch_add(length as u64, Ordering::Relaxed);
-        match read {
-            Ok(Served::Done) => Some(Ended::Data(buffer)),
-            Ok(Served::Missing) => {
-                self.spare.put(buffer);
-                if let Some(slot) = self.slots.get_mut(task.0 as usize) {
-                    (slot.away, slot.is_read) = (Some(serial), true);
-                }
-                None
-            }
-            Err(errno) => {
-                self.spare.put(buffer);
-                Some(Ended::Failed(failure(errno, Some(offset))))
-            }
-        }
-    }
-
-    /// Gives what may take long to a worker.
-    fn hand_on(&mut self, task: TaskId, request: Request) {
-        let Some(slot) = self.slots.get_mut(task.0 as usize) else { return };
-        let serial = self.next_serial;
-        self.next_serial += 1;
-        (slot.away, slot.is_read) = (Some(serial), false);
-        let mut buffer = slot.buffer.take();
-        let pattern = match request {
-            Request::Fill { .. } => self.machine.pattern(task).to_vec(),
-            _ => Vec::new(),
-        };
-        if let Request::Read { length, .. } = request {
-            buffer = Some(self.spare.take(length as usize));
-        }
-        let (device, inbox) = (Arc::clone(&self.shared.device), Arc::clone(&self.inbox));
-        self.shared.workers.submit(Box::new(move || {
-            let (ended, buffer) = work(&*device, request, buffer, pattern);
-            inbox.put(Arrived { task, serial, ended, buffer });
-        }));
-    }
-
-    /// A request has ended.
-    fn complete(&mut self, task: TaskId, ended: Ended) {
-        let shared = self.shared;
-        ended.with(|outcome| self.machine.complete(&mut shared.target(), task, outcome, &mut self.out));
-        self.poll();
-    }
-
-    /// What other threads have done for this connection, and to it.
-    fn handle_kick(&mut self) -> Result<(), Broken> {
-        for Arrived { task, serial, ended, buffer } in self.inbox.take() {
-            let Some(slot) = self.slots.get_mut(task.0 as usize).filter(|slot| slot.away == Some(serial)) else {
-                continue;
-            };
-            (slot.away, slot.buffer) = (None, buffer);
-            self.complete(task, ended);
-            // What a Verify that follows does not need.
-            let unused = self.requests.iter().all(|(other, _)| *other != task);
-            if let Some(buffer) = self.slots[task.0 as usize].buffer.take_if(|_| unused) {
-                self.spare.put(buffer);
-            }
-        }
-        let shared = self.shared;
-        self.machine.handle_wakeup(&mut shared.target(), &mut self.out);
-        self.poll();
-        if self.shared.doors.is_closed() && !self.closing { Err(Broken::Closing) } else { Ok(()) }
     }
 
     fn tick(&mut self, since: Duration) -> Result<(), Broken> {
@@ -388,55 +305,66 @@ impl Link<'_> {
         }
     }
 
-    /// Reads what comes next: to its place in a task's buffer if that is known, else into the input. `None`: nothing there;
-    /// else whether there may be more.
-    fn receive(&mut self) -> Result<Option<bool>, Broken> {
+    /// Reads what comes next: to its place in a task's buffer if that is known, else into the input. False: nothing is there.
+    fn receive(&mut self) -> Result<bool, Broken> {
+        self.compact();
+        if !self.more {
+            return Ok(false);
+        }
         if self.start == self.end
-            && let Some((task, range)) = self.machine.data_wanted().filter(|(_, range)| range.len() >= DIRECT as usize)
-            && let Some(buffer) = self.slots.get_mut(task.0 as usize).and_then(|slot| slot.buffer.take())
+            && let Some(wanted) = self.machine.data_wanted().filter(|wanted| wanted.range.len() >= DIRECT as usize)
+            && self.buffer_of(&wanted).is_some()
         {
-            return self.receive_direct(task, range.start as usize..range.end as usize, buffer);
+            return self.receive_direct(&wanted);
         }
         let room = self.input.len() - self.end;
-        let Some(count) = receive(&self.socket, &mut self.input[self.end..])? else { return Ok(None) };
-        self.end += count;
-        Ok(Some(count == room))
+        if room == 0 {
+            return Ok(false);
+        }
+        let count = receive(&self.socket, &mut self.input[self.end..])?;
+        self.end += count.unwrap_or_default();
+        self.more = count == Some(room);
+        Ok(count.is_some())
     }
 
-    fn receive_direct(
-        &mut self,
-        task: TaskId,
-        place: Range<usize>,
-        mut buffer: Buffer,
-    ) -> Result<Option<bool>, Broken> {
-        let wanted = place.len();
-        let count = match buffer.bytes().get_mut(place.clone()) {
-            Some(place) => receive(&self.socket, place)?,
-            None => return Err(Violation::OutOfPlace("data beyond their buffer").into()),
-        };
-        if let Some(count) = count {
-            let shared = self.shared;
-            let mut target = shared.target();
-            let mut rest = place.start..place.start + count;
-            // The machine sees them where they lie; while it does, nobody else holds the buffer.
-            while !rest.is_empty() {
-                let bytes = buffer.as_ref().get(rest.clone()).unwrap_or_default();
-                let step = self.machine.handle_input(&mut target, bytes, &mut self.out)?;
-                rest.start += step.consumed;
-                match step.event {
-                    Some(Event::Data { .. }) => {}
-                    Some(event) => self.act(event),
-                    None if step.consumed == 0 => break,
-                    None => {}
+    /// The buffer in which these data belong. One of another length was left by another task.
+    fn buffer_of(&mut self, wanted: &Wanted) -> Option<&mut Buffer> {
+        let buffer = self.slots.get_mut(wanted.task.0 as usize)?.buffer.as_mut()?;
+        (buffer.len() == wanted.total as usize).then_some(buffer)
+    }
+
+    /// Reads data to their place, and shows them to the machine where they lie. The buffer stays in its slot: what the machine
+    /// says of the task meanwhile is done to it.
+    fn receive_direct(&mut self, wanted: &Wanted) -> Result<bool, Broken> {
+        let beyond = Violation::OutOfPlace("data beyond their buffer");
+        let (start, end) = (wanted.range.start as usize, wanted.range.end as usize);
+        let Some(slot) = self.slots.get_mut(wanted.task.0 as usize) else { return Err(beyond.into()) };
+        let Some(buffer) = slot.buffer.as_mut() else { return Err(beyond.into()) };
+        let Some(room) = buffer.bytes().get_mut(start..end) else { return Err(beyond.into()) };
+        let count = receive(&self.socket, room)?;
+        self.more = count == Some(end - start);
+        let Some(count) = count else { return Ok(false) };
+        let mut rest = buffer.as_ref().get(start..start + count).unwrap_or_default();
+        let (mut events, mut result) = (Vec::new(), Ok(()));
+        let mut target = self.shared.target();
+        while !rest.is_empty() {
+            match self.machine.handle_input(&mut target, rest, &mut self.out) {
+                Ok(Step { consumed: 0, event: None }) => break,
+                Ok(Step { consumed, event }) => {
+                    rest = rest.get(consumed..).unwrap_or_default();
+                    events.extend(event.filter(|event| !matches!(event, Event::Data { .. })));
+                }
+                Err(violation) => {
+                    result = Err(violation);
+                    break;
                 }
             }
-            // More than the machine took cannot be: it was all of one segment.
-            drop(target);
         }
-        if let Some(slot) = self.slots.get_mut(task.0 as usize) {
-            slot.buffer = Some(buffer);
-        }
-        Ok(count.map(|count| count == wanted))
+        drop(target);
+        let left = rest.len();
+        events.into_iter().for_each(|event| self.act(event));
+        result?;
+        if left > 0 && !self.closing { Err(Broken::LeftOver(left)) } else { Ok(true) }
     }
 
     fn report(&self, ended: Result<(), Broken>) {
@@ -445,7 +373,9 @@ impl Link<'_> {
             Err(Broken::Closing) => tracing::debug!(peer, "iSCSI connection closed with its export"),
             _ if !self.was_logged_in => {
                 self.shared.doors.refuse();
-                let reason = ended.err().map_or_else(|| "the login was refused".to_owned(), |error| error.to_string());
+                let refusal = self.machine.refusal().map(ToString::to_string);
+                let reason = ended.err().map(|error| error.to_string()).or(refusal);
+                let reason = reason.unwrap_or_else(|| "it ended before there was a session".to_owned());
                 tracing::warn!(peer, reason, "iSCSI login failed");
             }
             Ok(()) => tracing::debug!(peer, "iSCSI session ended"),
@@ -455,26 +385,33 @@ impl Link<'_> {
 
     /// The connection is over: what still runs for it is waited for, so that nothing of it happens later than its session's end.
     fn finish(&mut self) {
+        self.leave();
+        self.drain();
+    }
+
+    /// Closes the connection, and gives up what nobody will hear of.
+    fn leave(&mut self) {
         // What was refused may tell the initiator what is wrong.
         let _ = self.send();
         let _ = rustix::net::shutdown(&*self.socket, rustix::net::Shutdown::Both);
+        // A request that nobody has taken out of the machine would never end.
+        self.poll();
         let shared = self.shared;
         self.machine.handle_disconnect(&mut shared.target());
-        while let Some((task, _)) = self.requests.pop_front() {
-            self.complete(task, Ended::Failed(Failure::NotReady));
-        }
-        for index in 0..self.slots.len() {
-            let slot = &mut self.slots[index];
-            if slot.is_read && slot.away.take().is_some() {
-                self.complete(TaskId(index as u32), Ended::Failed(Failure::NotReady));
+        self.unwanted.extend((0..self.machine.task_ids()).map(TaskId));
+        self.drop_unwanted();
+    }
+
+    /// Waits for what could not be given up.
+    fn drain(&mut self) {
+        loop {
+            self.take_arrived();
+            self.shared.wake_others();
+            if self.machine.is_drained() {
+                return;
             }
-        }
-        self.shared.wake_others();
-        while !self.machine.is_drained() {
             self.inbox.kick.wait(None);
             self.inbox.kick.clear();
-            let _ = self.handle_kick();
-            self.requests.clear();
         }
     }
 }
@@ -491,3 +428,6 @@ fn receive(socket: &OwnedFd, into: &mut [u8]) -> io::Result<Option<usize>> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

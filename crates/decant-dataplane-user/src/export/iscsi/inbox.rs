@@ -1,14 +1,14 @@
 //! What comes back to a connection's thread: outcomes of parked reads and of what workers did.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use decant_iscsi::target::{Request, TaskId};
+use decant_iscsi::target::{Failure, Request, TaskId};
 use rustix::io::Errno;
 
 use super::buffers::{Buffer, Spare};
 use super::perform::{Ended, failure, perform};
 use crate::device::{Exported, ReadSink};
-use crate::export::read_waiting;
 use crate::stream::Kick;
 
 /// What came of a request that was not done at once.
@@ -64,27 +64,22 @@ impl ReadSink for Parked {
     }
 }
 
-/// What a worker does; gives the buffer back that may be needed again.
+/// What a worker does; gives the buffer back that may be needed again. Nothing is begun once the request is `unwanted`.
 pub(super) fn work(
     device: &dyn Exported,
     request: Request,
     buffer: Option<Buffer>,
     mut pattern: Vec<u8>,
+    unwanted: &AtomicBool,
 ) -> (Ended, Option<Buffer>) {
+    if unwanted.load(Ordering::Relaxed) {
+        return (Ended::Failed(Failure::NotReady), buffer);
+    }
+    let perform = |data: &mut [u8]| perform(device, request, data, unwanted);
     match (request, buffer) {
-        (Request::Read { offset, .. }, Some(mut buffer)) => {
-            // FUA: what is cached must be on the medium first.
-            let read = device.flush().and_then(|()| read_waiting(device, offset, buffer.bytes()));
-            match read {
-                Ok(()) => (Ended::Data(buffer), None),
-                Err(errno) => (Ended::Failed(failure(errno, Some(offset))), None),
-            }
-        }
         // What is to be compared with must outlive the writing of it.
-        (Request::Write { keep: true, .. }, Some(buffer)) => {
-            (perform(device, request, &mut buffer.as_ref().to_vec()), Some(buffer))
-        }
-        (_, Some(mut buffer)) => (perform(device, request, buffer.bytes()), Some(buffer)),
-        (_, None) => (perform(device, request, &mut pattern), None),
+        (Request::Write { keep: true, .. }, Some(buffer)) => (perform(&mut buffer.as_ref().to_vec()), Some(buffer)),
+        (_, Some(mut buffer)) => (perform(buffer.bytes()), Some(buffer)),
+        (_, None) => (perform(&mut pattern), None),
     }
 }

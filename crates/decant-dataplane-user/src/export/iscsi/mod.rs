@@ -9,13 +9,15 @@
 //!
 //! A connection's thread owns its protocol machine, does what is quick itself, and never waits for the rest: that is handed
 //! to a few workers, or to the device, which answers a parked read whenever it can; both leave the outcome in the
-//! connection's `inbox` and kick its thread. So one flush or one missing block holds up nobody else. What the
+//! connection's inbox and kick its thread. So one flush or one missing block holds up nobody else. (A VERIFY reads on its
+//! worker, missing blocks too: initiators hardly send one.) What the
 //! connections of a target share is behind one lock, which nobody holds while doing I/O.
 
 mod buffers;
 mod connection;
 mod inbox;
 mod perform;
+mod requests;
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -57,7 +59,7 @@ pub struct IscsiOptions {
     pub digests: DigestPolicy,
     /// Bytes of a logical block, 512 or 4096.
     pub block_bytes: u32,
-    /// What names the disk for ever, at most 64 ASCII characters; see [`Disk::serial`].
+    /// What names the disk for ever, at most [`decant_iscsi::scsi::MAX_SERIAL`] ASCII characters; see [`Disk::serial`].
     pub serial: String,
 }
 
@@ -86,6 +88,7 @@ impl IscsiServer {
     /// The address is taken or not ours; a size that is no number of blocks.
     pub fn listen(options: IscsiOptions, device: Arc<dyn Exported>) -> Result<Self, ListenError> {
         let IscsiOptions { address, name, access, peers, digests, block_bytes, serial } = options;
+        debug_assert!(decant_iscsi::text::is_name(&name), "names of our own are as the standard has them: {name}");
         let size = device.size();
         if !matches!(block_bytes, 512 | 4096) || size == 0 || !size.is_multiple_of(block_bytes.into()) {
             return Err(ListenError::Blocks { size, block_bytes });

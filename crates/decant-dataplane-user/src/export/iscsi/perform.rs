@@ -1,5 +1,7 @@
 //! Requests of the protocol, done on the device.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use decant_iscsi::scsi::Compare;
 use decant_iscsi::target::{Failure, Outcome, Request};
 use rustix::io::Errno;
@@ -38,10 +40,10 @@ impl Ended {
     }
 }
 
-/// Does one request to its end, which may take long. `data` are the bytes to write, to compare with, or to fill with; writing
-/// may use them up.
-pub(super) fn perform(device: &dyn Exported, request: Request, data: &mut [u8]) -> Ended {
-    match try_perform(device, request, data) {
+/// Does one request to its end, which may take long, or until it is `unwanted`. `data` are the bytes to write, to compare with,
+/// or to fill with; writing may use them up.
+pub(super) fn perform(device: &dyn Exported, request: Request, data: &mut [u8], unwanted: &AtomicBool) -> Ended {
+    match try_perform(device, request, data, unwanted) {
         Ok(ended) => ended,
         Err((errno, at)) => Ended::Failed(failure(errno, at)),
     }
@@ -49,7 +51,12 @@ pub(super) fn perform(device: &dyn Exported, request: Request, data: &mut [u8]) 
 
 type Failed = (Errno, Option<u64>);
 
-fn try_perform(device: &dyn Exported, request: Request, data: &mut [u8]) -> Result<Ended, Failed> {
+fn try_perform(
+    device: &dyn Exported,
+    request: Request,
+    data: &mut [u8],
+    unwanted: &AtomicBool,
+) -> Result<Ended, Failed> {
     let plain = |errno| (errno, None);
     match request {
         Request::Read { .. } => Err((Errno::INVAL, None)),
@@ -62,8 +69,8 @@ fn try_perform(device: &dyn Exported, request: Request, data: &mut [u8]) -> Resu
             Ok(Ended::Done)
         }
         Request::Verify { offset, length, compare } => verify(device, offset, length, compare, data),
-        Request::Fill { offset, length } => fill(device, offset, length, data),
-        Request::Zero { offset, length, unmap: false } => fill(device, offset, length, &[0; 512]),
+        Request::Fill { offset, length } => fill(device, offset, length, data, unwanted),
+        Request::Zero { offset, length, unmap: false } => fill(device, offset, length, &[0; 512], unwanted),
         Request::Zero { offset, length, unmap: true } | Request::Unmap { offset, length } => {
             device.discard(offset, length).map_err(|errno| (errno, Some(offset)))?;
             Ok(Ended::Done)
@@ -128,11 +135,20 @@ fn verify(device: &dyn Exported, offset: u64, length: u32, compare: Compare, dat
     Ok(Ended::Done)
 }
 
-/// Writes `pattern`, whose length divides [`PIECE`], again and again.
-fn fill(device: &dyn Exported, offset: u64, length: u64, pattern: &[u8]) -> Result<Ended, Failed> {
+/// Writes `pattern`, whose length divides [`PIECE`], again and again, until nobody wants it any more.
+fn fill(
+    device: &dyn Exported,
+    offset: u64,
+    length: u64,
+    pattern: &[u8],
+    unwanted: &AtomicBool,
+) -> Result<Ended, Failed> {
     let mut piece = Aligned::new(PIECE);
     let mut done = 0u64;
     while done < length {
+        if unwanted.load(Ordering::Relaxed) {
+            return Ok(Ended::Failed(Failure::NotReady));
+        }
         let count = (length - done).min(PIECE as u64) as usize;
         // Anew for each piece: writing uses it up.
         let bytes = piece.slice_mut(0..count);

@@ -5,6 +5,8 @@ use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::str::FromStr;
 
+use decant_iscsi::text::{PEER_NAME, is_peer_name};
+
 /// iSCSI's port (IANA).
 const PORT: u16 = 3260;
 /// LUNs that the flat addressing method can say (SAM-5 4.7.7.3).
@@ -36,7 +38,7 @@ pub enum UrlError {
     #[error("{0:?} is no port")]
     Port(String),
     /// Not an iSCSI name.
-    #[error("{0:?} is no iSCSI name: they begin with iqn., eui. or naa.")]
+    #[error("{0:?} is no iSCSI name: {PEER_NAME}")]
     Target(String),
     /// Not a LUN.
     #[error("{0:?} is no LUN: a number up to {MAX_LUN}")]
@@ -64,7 +66,7 @@ impl FromStr for IscsiUrl {
         if host.is_empty() {
             return Err(UrlError::Form);
         }
-        if !decant_iscsi::text::is_name(target) {
+        if !is_peer_name(target) {
             return Err(UrlError::Target(target.to_owned()));
         }
         let digits = !lun.is_empty() && lun.bytes().all(|byte| byte.is_ascii_digit());
@@ -108,6 +110,10 @@ mod tests {
         let six = read("iscsi://[2001:db8::1]:860/naa.52004567ba64678d/16383").unwrap();
         assert_eq!((six.host.as_str(), six.port, six.lun), ("2001:db8::1", 860, 16_383));
         assert_eq!(six.to_string().parse(), Ok(six));
+        // As some arrays and tools write names.
+        let odd = read("iscsi://host/iqn.2001-05.com.example:Array_1+a/0").unwrap();
+        assert_eq!(odd.target, "iqn.2001-05.com.example:Array_1+a");
+        assert_eq!(odd.to_string().parse(), Ok(odd));
         for (text, error) in [
             ("nbd://host/disk", UrlError::Form),
             ("iscsi://host/iqn.a:b", UrlError::Form),
@@ -116,6 +122,7 @@ mod tests {
             ("iscsi://me%secret@host/iqn.a:b/0", UrlError::User),
             ("iscsi://host:iscsi/iqn.a:b/0", UrlError::Port("iscsi".into())),
             ("iscsi://host/disk/0", UrlError::Target("disk".into())),
+            ("iscsi://host/iqn.a:my disk/0", UrlError::Target("iqn.a:my disk".into())),
             ("iscsi://host/iqn.a:b/16384", UrlError::Lun("16384".into())),
             ("iscsi://host/iqn.a:b/+1", UrlError::Lun("+1".into())),
         ] {

@@ -26,6 +26,14 @@ fn answer_of(answers: &Answers) -> (LoginResponse, Pairs) {
     (*response, Pairs::parse(data).unwrap())
 }
 
+/// The status of a login that was refused, and the reason for the log.
+fn refused<T: std::fmt::Debug>(result: Result<T, crate::Violation>) -> (crate::login::Status, String) {
+    match result {
+        Err(crate::Violation::RefusedLogin { status, why }) => (status, why),
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
 fn names() -> String {
     format!("InitiatorName={INITIATOR}\0TargetName={NAME}\0SessionType=Normal\0")
 }
@@ -66,7 +74,7 @@ fn chap_lets_in_who_knows_the_secret() {
 
 #[test]
 fn chap_keeps_out_who_does_not() {
-    let failed = Err(crate::Violation::LoginRefused { status: crate::login::Status::AUTHENTICATION_FAILURE });
+    let failed = crate::login::Status::AUTHENTICATION_FAILURE;
     type Answer<'a> = &'a dyn Fn(u8, &[u8]) -> String;
     let cases: [Answer<'_>; 5] = [
         &|id, challenge| proof(id, challenge, "a secret of some lengtH"),
@@ -81,7 +89,7 @@ fn chap_keeps_out_who_does_not() {
     for case in cases {
         let mut world = World::new(with_chap(false));
         let mut end = world.connect(7);
-        assert_eq!(authenticate(&mut world, &mut end, case), failed.clone());
+        assert_eq!(refused(authenticate(&mut world, &mut end, case)).0, failed);
         let refusal = end.answers();
         assert_eq!(answer_of(&refusal).0.status_detail, 1);
         assert_eq!(world.target.initiators().count(), 0);
@@ -94,7 +102,7 @@ fn chap_keeps_out_who_does_not() {
         let mut end = world.connect(7);
         let result = end.login(&mut world, 1, stage, next, &(names() + text));
         match result {
-            Err(violation) => assert_eq!(Err(violation), failed.clone().map(|_: (LoginResponse, Pairs)| ())),
+            Err(violation) => assert_eq!(refused::<()>(Err(violation)).0, failed),
             Ok(answers) => assert!(!answer_of(&answers).0.transit),
         }
         assert!(!end.connection.is_logged_in());
@@ -150,18 +158,37 @@ fn logins_are_refused_with_the_reason() {
     let mut world =
         World::new(Config { access: vec![Access { initiator: Some(INITIATOR.into()), chap: None }], ..config() });
     let other = names().replace("initiator", "other");
-    for (text, status) in [
-        (names().replace(":test", ":best"), Status::NOT_FOUND),
-        (other, Status::AUTHORIZATION_FAILURE),
-        ("TargetName=x\0".into(), Status::MISSING_PARAMETER),
-        (format!("InitiatorName={INITIATOR}\0"), Status::MISSING_PARAMETER),
-        (names().replace("iqn.", "IQN "), Status::INITIATOR_ERROR),
-        (names().replace("Normal", "Odd"), Status::SESSION_TYPE),
-        (names() + "MaxBurstLength=12\0", Status::INITIATOR_ERROR),
-        (names() + "HeaderDigest=SHA\0", Status::INITIATOR_ERROR),
+    let bad_name = |name: &str| names().replace(INITIATOR, name);
+    for (text, status, reason) in [
+        (names().replace(":test", ":best"), Status::NOT_FOUND, "\"iqn.2026-11.dev.decant:best\" is asked for"),
+        (other, Status::AUTHORIZATION_FAILURE, "\"iqn.2026-11.dev.decant:other\" is not on the list"),
+        ("TargetName=x\0".into(), Status::MISSING_PARAMETER, "there is no InitiatorName"),
+        (format!("InitiatorName={INITIATOR}\0"), Status::MISSING_PARAMETER, "there is no TargetName"),
+        (names().replace("iqn.", "IQN "), Status::INITIATOR_ERROR, "they begin with iqn., eui. or naa."),
+        (bad_name("iqn.2026-11.dev.decant:two words"), Status::INITIATOR_ERROR, "neither spaces nor"),
+        (bad_name("iqn.2026-11.dev.decant:a,b"), Status::INITIATOR_ERROR, "is no iSCSI name"),
+        (names().replace("Normal", "Odd"), Status::SESSION_TYPE, "SessionType=\"Odd\""),
+        (names() + "MaxBurstLength=12\0", Status::INITIATOR_ERROR, "MaxBurstLength=12 is not acceptable"),
+        (names() + "HeaderDigest=SHA\0", Status::INITIATOR_ERROR, "HeaderDigest=SHA is not acceptable"),
     ] {
         let mut end = world.connect(1);
-        assert_eq!(end.login(&mut world, 1, 1, 3, &text), Err(crate::Violation::LoginRefused { status }), "{text}");
+        let (found, why) = refused(end.login(&mut world, 1, 1, 3, &text));
+        assert_eq!(found, status, "{text}");
+        assert!(why.contains(reason), "{why}, not {reason}");
+    }
+}
+
+/// QEMU puts the name of the machine into its initiator's, and others that of the host.
+#[test]
+fn names_as_tools_write_them_are_let_in() {
+    for name in
+        ["iqn.2008-11.org.linux-kvm:my_vm", "iqn.1991-05.com.microsoft:HOST_1.corp", "iqn.2026-11.dev.decant:a+b@c"]
+    {
+        let access = Access { initiator: Some(name.to_ascii_lowercase()), chap: None };
+        let mut world = World::new(Config { access: vec![access], ..config() });
+        let mut end = world.connect(1);
+        let answers = end.login(&mut world, 1, 1, 3, &names().replace(INITIATOR, name)).unwrap();
+        assert!(answer_of(&answers).0.transit, "{name}");
     }
 }
 
@@ -218,6 +245,7 @@ fn an_aborted_write_is_answered_by_nobody_and_the_abort_waits_for_it() {
         ..TaskRequest::default()
     };
     assert!(end.send(&mut world, abort(request.task), &[]).unwrap().is_empty());
+    assert!(matches!(end.events[..], [.., Event::Abort(task)] if task == end.requests[0].0), "{:?}", end.events);
     end.perform_all(&mut world);
     let answers = end.answers();
     assert!(
@@ -339,6 +367,62 @@ fn a_silent_initiator_is_pinged_and_then_given_up() {
     assert!(tick(&mut end, 20_002).is_err());
 }
 
+/// What was left over comes again with every call: it is no sign of life.
+#[test]
+fn an_initiator_that_stops_in_the_midst_of_a_header_is_given_up() {
+    let mut world = World::new(config());
+    let mut end = world.session(1);
+    end.connection.handle_tick(&mut world.target, 0, &mut end.out).unwrap();
+    let half = [0u8; 30];
+    let mut result = Ok(());
+    for now in (500..60_000).step_by(500) {
+        let step = end.connection.handle_input(&mut world.target, &half[..(now / 500).min(30)], &mut end.out).unwrap();
+        assert_eq!(step.consumed, 0);
+        result = end.connection.handle_tick(&mut world.target, now as u64, &mut end.out);
+        if result.is_err() {
+            // The last byte that was new came after 15 s.
+            assert!((34_000..38_000).contains(&now), "{now}");
+            break;
+        }
+        end.answers();
+    }
+    assert!(result.is_err());
+}
+
+/// A slow network is no dead one: what is before the ping has to be sent first.
+#[test]
+fn a_ping_has_its_time_from_when_it_is_out() {
+    let mut world = World::new(config());
+    let mut end = world.session(1);
+    let read = end.request(&[0x28, 0, 0, 0, 0, 0, 0, 0, 200, 0], 102_400, &[]);
+    end.send(&mut world, read, &[]).unwrap();
+    end.connection.handle_tick(&mut world.target, 0, &mut end.out).unwrap();
+    end.connection.handle_tick(&mut world.target, 1000, &mut end.out).unwrap();
+    end.perform_all(&mut world);
+    let mut tick = |end: &mut End, now| end.connection.handle_tick(&mut world.target, now, &mut end.out);
+    let before = end.out.len();
+    tick(&mut end, 12_000).unwrap();
+    assert!(end.out.len() > before, "a ping is behind the data");
+    let mut now = 12_000;
+    while !end.out.is_empty() {
+        end.out.advance(5000);
+        now += 9000;
+        tick(&mut end, now).unwrap();
+    }
+    assert!(now > 100_000);
+    tick(&mut end, now + 10_000).unwrap();
+    assert!(tick(&mut end, now + 10_001).is_err());
+    // And where nothing of it is taken, its time is up as ever.
+    let mut end = world.session(2);
+    let mut tick = |end: &mut End, now| end.connection.handle_tick(&mut world.target, now, &mut end.out);
+    tick(&mut end, 0).unwrap();
+    tick(&mut end, 1000).unwrap();
+    end.out.put(|bytes| bytes.extend([0; 100]));
+    tick(&mut end, 12_000).unwrap();
+    tick(&mut end, 22_000).unwrap();
+    assert!(tick(&mut end, 22_001).is_err());
+}
+
 /// CVE-2024-7409: sockets that connect and say nothing are not kept.
 #[test]
 fn a_connection_that_never_logs_in_is_given_up() {
@@ -370,6 +454,26 @@ fn a_logout_is_answered_and_ends_the_connection() {
 }
 
 #[test]
+fn logouts_without_end_are_refused() {
+    let mut world = World::new(config());
+    let mut end = world.session(1);
+    let request = end.request(&[0x2a, 0, 0, 0, 0, 0, 0, 0, 1, 0], 0, &[1; 512]);
+    end.send(&mut world, request, &[1; 512]).unwrap();
+    let mut rejects = 0;
+    for task in 0..1000 {
+        let logout = LogoutRequest { immediate: true, task: 0x1000 + task, ..LogoutRequest::default() };
+        let answers = end.send(&mut world, logout, &[]).unwrap();
+        rejects += answers.len();
+        assert!(answers.iter().all(|(header, _)| {
+            matches!(header, Header::Reject(reject) if reject.reason == reject_reason::IMMEDIATE)
+        }));
+    }
+    assert_eq!(rejects, 1000 - 8, "so many are kept until the write has ended");
+    end.perform_all(&mut world);
+    assert!(matches!(end.answers()[..], [(Header::LogoutResponse(LogoutResponse { task: 0x1000, .. }), _)]));
+}
+
+#[test]
 fn there_are_so_many_sessions_and_no_more() {
     let mut world = World::new(config());
     let _kept = [world.session(1), world.session(2), world.session(3)];
@@ -377,4 +481,5 @@ fn there_are_so_many_sessions_and_no_more() {
     let answers = end.login(&mut world, 4, 1, 3, &names()).unwrap();
     assert_eq!((answer_of(&answers).0.status_class, answer_of(&answers).0.status_detail), (3, 2));
     assert_eq!(end.events, [Event::Close(None)]);
+    assert!(end.connection.refusal().unwrap().to_string().contains("there are 3 sessions"));
 }

@@ -256,3 +256,44 @@ fn digests_of_blocks_are_sent_as_they_are_served() {
         world.medium[4096..12_288].chunks(4096).flat_map(|block| crc32c::crc32c(block).to_be_bytes()).collect();
     assert_eq!((status(&answers), data_of(&answers)), ((0, 0, 0), expected));
 }
+
+/// The driver reads data straight to their place because the machine said where that is: they must not be left over.
+#[test]
+fn a_pdu_that_has_begun_is_taken_although_much_is_to_be_sent() {
+    let mut world = World::new(Config { limits: Limits { outbound_bytes: 1000, ..config().limits }, ..config() });
+    let mut end = world.session(1);
+    let data = pattern(8192);
+    let read = end.request(&read_10(100, 8), 4096, &[]);
+    end.send(&mut world, read, &[]).unwrap();
+    let write = end.request(&write_10(0, 16), 0, &data);
+    let mut bytes = Vec::new();
+    put(&mut bytes, &write.into(), &data, end.digests);
+    end.send_bytes(&mut world, &bytes[..4096]).unwrap();
+    let wanted = end.connection.data_wanted().expect("the rest of them");
+    assert_eq!((wanted.range.end, wanted.total), (8192, 8192));
+    // The read's data are more than the limit, and nobody takes them.
+    end.perform(&mut world, 0);
+    assert!(end.out.len() > 4096);
+    let ready = end.request(&[0], 0, &[]);
+    put(&mut bytes, &ready.into(), &[], end.digests);
+    let (mut rest, mut taken) = (&bytes[4096..], 0);
+    loop {
+        let step = end.connection.handle_input(&mut world.target, rest, &mut end.out).unwrap();
+        taken += step.consumed;
+        match step.event {
+            Some(Event::Data { task, offset, range, .. }) => {
+                let from = &rest[range];
+                end.buffers.get_mut(&task).unwrap()[offset as usize..][..from.len()].copy_from_slice(from);
+            }
+            Some(Event::Request { task, request }) => end.requests.push((task, request)),
+            Some(other) => panic!("{other:?}"),
+            None => break,
+        }
+        rest = &rest[step.consumed..];
+    }
+    assert_eq!(taken, bytes.len() - 4096 - 48, "the write to its end, and the command behind it not yet");
+    end.perform_all(&mut world);
+    assert!(world.medium[..8192] == data);
+    end.answers();
+    assert_eq!(status(&end.send_bytes(&mut world, &bytes[bytes.len() - 48..]).unwrap()), (0, 0, 0));
+}

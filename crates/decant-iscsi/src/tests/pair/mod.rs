@@ -93,6 +93,7 @@ fn initiator_config(shape: &Shape) -> Config {
         first_cmd_sn: Serial(u32::MAX - 5),
         ping_after_ms: 1000,
         ping_timeout_ms: 1000,
+        command_timeout_ms: 60_000,
     }
 }
 

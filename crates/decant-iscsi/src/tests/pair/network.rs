@@ -329,6 +329,8 @@ impl Network {
                 self.target_loses(index);
             }
             target::Event::LoggedIn { .. } => self.sessions += 1,
+            // Its end comes at its time, as with a medium that cannot be interrupted.
+            target::Event::Abort(_) => {}
             other => panic!("nothing is written: {other:?}"),
         }
     }
