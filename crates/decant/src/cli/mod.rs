@@ -81,7 +81,7 @@ pub(crate) enum Verb {
     /// Volumes: create, list, show, delete.
     #[command(subcommand)]
     Volume(volume::Command),
-    /// Machines: run, list, show, stop, start, move, logs, rm, reclaim.
+    /// Machines: run, list, show, stop, start, move, logs, rm, reclaim, retry, clear-veto, forget-origin.
     #[command(subcommand)]
     Machine(Box<machine::Command>),
     /// Move every machine off one or more workers.

@@ -146,6 +146,7 @@ impl<'a> Stage<'a> {
             limits: Limits::default(),
             address_index: 0,
             group: None,
+            needs: Default::default(),
         };
         let mut agent = self.site.worker(worker).agent();
         let _: Machine = agent.post("/v1/machines", &RunMachine { spec }).map_err(refused("running the machine"))?;
@@ -228,7 +229,7 @@ impl<'a> Stage<'a> {
     /// Stops and removes a machine, and its volume with it.
     pub(crate) fn remove_machine(&self, worker: u32, machine: &str) -> anyhow::Result<()> {
         self.stop_machine(worker, machine)?;
-        let at = path::remove_machine(&machine_id(machine), true);
+        let at = path::remove_machine(&machine_id(machine), true, false);
         self.site.worker(worker).agent().delete(&at).map_err(refused("removing the machine"))?;
         Ok(())
     }
