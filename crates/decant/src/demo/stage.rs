@@ -65,7 +65,7 @@ pub(crate) fn volume_id(name: &str) -> VolumeId {
 /// An agent's refusal as an error of the demo.
 pub(crate) fn refused(what: &str) -> impl FnOnce(Failure) -> anyhow::Error {
     let what = what.to_owned();
-    move |failure| anyhow::anyhow!("{what}: {}", failure.body)
+    move |failure| anyhow::Error::from(*failure.body).context(what)
 }
 
 impl<'a> Stage<'a> {
@@ -289,23 +289,20 @@ impl<'a> Stage<'a> {
         let protocol = self.args.protocol.to_string();
         let shown = if self.args.protocol == Protocol::Nbd { String::new() } else { format!(" --protocol {protocol}") };
         say(format_args!("$ decant drain {} --to {}{shown} --reason '{reason}'", source.name, destination.name));
-        let status = Command::new(self.site.program())
-            .arg("--socket")
-            .arg(source.socket())
-            .args([
-                "drain",
-                source.name.as_str(),
-                "--to",
-                destination.name.as_str(),
-                "--id",
-                id.as_str(),
-                "--protocol",
-                &protocol,
-                "--reason",
-                reason,
-            ])
-            .status()
-            .context("running decant drain")?;
+        let mut command = Command::new(self.site.program());
+        command.arg("--socket").arg(source.socket()).args([
+            "drain",
+            source.name.as_str(),
+            "--to",
+            destination.name.as_str(),
+            "--id",
+            id.as_str(),
+            "--protocol",
+            &protocol,
+            "--reason",
+            reason,
+        ]);
+        let status = super::say_there(&mut command)?.status().context("running decant drain")?;
         self.interrupt.check()?;
         ensure!(
             status.success(),
