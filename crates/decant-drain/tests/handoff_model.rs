@@ -925,6 +925,12 @@ fn wide_everything_once() {
 }
 
 #[test]
+fn wide_every_word_of_an_operator() {
+    let scope = Scope { losses: 1, claims: 1, retries: 1, crashes: 1, cancels: 1, writes: 1, ..QUIET };
+    hold_wide("a lost origin, a claim, a retry, a crash, a cancel", scope);
+}
+
+#[test]
 fn wide_two_crashes_and_a_cancel() {
     hold_wide("two crashes, a cancel", Scope { crashes: 2, cancels: 1, writes: 1, ..QUIET });
 }
