@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use decant_api::Cordon;
-use decant_base::{Bytes, WorkerId};
+use decant_base::{Bytes, MachineId, WorkerId};
 use decant_dataplane::{Protocol, Reader};
 use decant_drain::drain::{DrainEffect, DrainEvent, DrainRow};
 use decant_drain::handoff::State;
@@ -15,7 +15,8 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::agent::Agent;
-use crate::core::{Cordoned, Errand, Input, is_or_will_be_here, read_spec};
+use crate::core::{Cordoned, Errand, is_or_will_be_here, read_spec};
+use crate::statuses;
 
 /// Where peers ask for a worker's facts.
 pub(crate) const FACTS_PATH: &str = "/v1/peer/facts";
@@ -27,6 +28,9 @@ const PATIENCE: Duration = Duration::from_secs(3);
 pub(crate) struct Facts {
     pub(crate) worker: WorkerFacts,
     pub(crate) machines: Vec<MachineFacts>,
+    /// Lowest and highest rate, bytes per second, at which volumes filled here lately; absent if none did.
+    #[serde(default)]
+    pub(crate) rate: Option<(Bytes, Bytes)>,
 }
 
 /// Runs errands as they come.
@@ -35,7 +39,7 @@ pub(crate) async fn run(agent: Arc<Agent>, mut errands: UnboundedReceiver<Errand
         let agent = agent.clone();
         tokio::spawn(async move {
             if let Some(event) = perform(&agent, &row, effect).await {
-                agent.core.tell(Input::Drain { drain: row.order.drain.clone(), event: Box::new(event) });
+                agent.core.drain_event(&row.order.drain, event);
             }
         });
     }
@@ -58,8 +62,9 @@ async fn perform(agent: &Arc<Agent>, row: &DrainRow, effect: DrainEffect) -> Opt
             let (limits, protocol) = (row.order.limits, row.order.protocol);
             let order = async {
                 let reader = reader_at(agent, &to, protocol).await?;
+                let program = program_of(agent, &machine, row.order.any_program).await?;
                 let (reason, drain) = (row.order.reason.clone(), Some(row.order.drain.clone()));
-                let order = Move { migration: migration.clone(), to, reader, reason, drain, limits };
+                let order = Move { migration: migration.clone(), to, reader, reason, drain, limits, program };
                 let stepped = agent.core.step(&machine, Event::Order(Order::Move(Box::new(order)))).await;
                 stepped.map(drop).map_err(|refusal| refusal.to_string())
             };
@@ -88,6 +93,18 @@ pub(crate) async fn reader_at(agent: &Agent, worker: &WorkerId, protocol: Protoc
     }
 }
 
+/// The program that a machine of this worker was started from, as the destination must have it; `None` if any will do.
+pub(crate) async fn program_of(agent: &Agent, machine: &MachineId, any: bool) -> Result<Option<String>, String> {
+    let spec = agent.rows.machine(machine).and_then(|row| read_spec(row.spec.as_ref()?).ok()).filter(|_| !any);
+    let Some(spec) = spec else { return Ok(None) };
+    let machines = agent.world.machines.clone();
+    let digest = tokio::task::spawn_blocking(move || machines.program(&spec)).await;
+    let digest = digest.map_err(|_| "a task ended early; report it with the agent's log".to_owned())?;
+    digest.map(Some).map_err(|failure| {
+        format!("its program cannot be told from others: {}; --any-program moves it all the same", failure.message)
+    })
+}
+
 async fn cordon(agent: &Arc<Agent>, row: &DrainRow, worker: &WorkerId) -> Result<(), String> {
     let reason = format!("drain {}: {}", row.order.drain, row.order.reason);
     if *worker == agent.config.worker {
@@ -114,7 +131,10 @@ pub(crate) async fn survey(agent: &Arc<Agent>) -> Fleet {
     });
     let mut all = vec![facts(agent).await];
     all.extend(join_all(peers).await);
-    let mut fleet = Fleet::default();
+    let rates: Vec<(Bytes, Bytes)> = all.iter().filter_map(|facts| facts.rate).collect();
+    let measured = rates.iter().map(|rate| rate.0).min().zip(rates.iter().map(|rate| rate.1).max());
+    let mut fleet =
+        Fleet { rate: measured.unwrap_or(statuses::ASSUMED), rate_is_assumed: measured.is_none(), ..Fleet::default() };
     for facts in all {
         fleet.workers.push(facts.worker);
         fleet.machines.extend(facts.machines);
@@ -138,7 +158,7 @@ fn unreachable_facts(worker: &WorkerId, cause: String) -> Facts {
         machines_max: 0,
         bytes_free: Bytes::ZERO,
     };
-    Facts { worker, machines: Vec::new() }
+    Facts { worker, machines: Vec::new(), rate: None }
 }
 
 /// This worker's own.
@@ -164,15 +184,15 @@ pub(crate) async fn facts(agent: &Arc<Agent>) -> Facts {
         MachineFacts {
             machine: row.machine.clone(),
             worker: row.worker.clone(),
-            group: spec.and_then(|spec| spec.group),
-            needs: std::collections::BTreeMap::new(),
+            group: spec.as_ref().and_then(|spec| spec.group.clone()),
+            needs: spec.map(|spec| spec.needs).unwrap_or_default(),
             bytes: status.and_then(Result::ok).map_or(Bytes::ZERO, |status| status.allocated),
             immovable,
             fix,
         }
     });
     let machines = join_all(machines).await;
-    Facts { worker, machines }
+    Facts { worker, machines, rate: agent.statuses.recent_rates() }
 }
 
 /// Why a machine cannot move now, and what clears that; both empty if it can.

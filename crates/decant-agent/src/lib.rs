@@ -25,4 +25,4 @@ mod watch;
 
 pub use agent::{Deps, Running, StartError};
 pub use machines::{Machines, Processes};
-pub use run::{RunError, proxy_main, run};
+pub use run::{FUSE, RunError, fuse, proxy_main, run};

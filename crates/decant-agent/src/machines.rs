@@ -13,8 +13,12 @@ use crate::config::Config;
 
 /// Who runs machines on this worker. Blocking and idempotent; calls for one machine come one at a time, except `status`.
 pub trait Machines: Send + Sync {
-    /// Everything slow before a start, for the claim `epoch`; the machine then waits.
-    fn prepare(&self, spec: &MachineSpec, epoch: Epoch) -> Result<(), Failure>;
+    /// Everything slow before a start, for the claim `epoch`; the machine then waits. Its program must be `program` (SHA-256,
+    /// hex), if that is given.
+    fn prepare(&self, spec: &MachineSpec, epoch: Epoch, program: Option<&str>) -> Result<(), Failure>;
+
+    /// SHA-256, hex, of the program that it was started from; of the one it would start if it is down.
+    fn program(&self, spec: &MachineSpec) -> Result<String, Failure>;
 
     /// Starts it as its owner at `epoch`, prepared or not; returns when its first process runs.
     fn start(&self, spec: &MachineSpec, epoch: Epoch, device: Option<&Path>) -> Result<(), Failure>;
@@ -80,7 +84,7 @@ impl Processes {
 }
 
 impl Machines for Processes {
-    fn prepare(&self, spec: &MachineSpec, epoch: Epoch) -> Result<(), Failure> {
+    fn prepare(&self, spec: &MachineSpec, epoch: Epoch, program: Option<&str>) -> Result<(), Failure> {
         // What a finished shim of an earlier claim left is no obstacle; a running one of another claim is killed, because
         // the row says that this claim is the one.
         let status = self.driver.status(&spec.id).map_err(failure)?;
@@ -91,7 +95,7 @@ impl Machines for Processes {
         if status.is_none_or(|status| status.epoch != epoch || status.state == State::Stopped) {
             decant_network::ensure_machine_link(&link).map_err(link_failure)?;
         }
-        let request = Prepare { spec, netns: &link.netns, epoch, program_digest: None };
+        let request = Prepare { spec, netns: &link.netns, epoch, program_digest: program };
         match self.driver.prepare(&request) {
             Ok(_) => Ok(()),
             Err(MachineError::Conflict { .. }) => {
@@ -102,12 +106,16 @@ impl Machines for Processes {
         }
     }
 
+    fn program(&self, spec: &MachineSpec) -> Result<String, Failure> {
+        self.driver.started_from(spec).map_err(failure)
+    }
+
     fn start(&self, spec: &MachineSpec, epoch: Epoch, device: Option<&Path>) -> Result<(), Failure> {
         let ready = self.driver.status(&spec.id).map_err(failure)?.is_some_and(|status| {
             status.epoch == epoch && matches!(status.state, State::Waiting | State::Running | State::Restarting)
         });
         if !ready {
-            self.prepare(spec, epoch)?;
+            self.prepare(spec, epoch, None)?;
         }
         self.driver.start(&spec.id, device).map(drop).map_err(failure)
     }

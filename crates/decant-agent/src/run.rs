@@ -27,6 +27,15 @@ pub enum RunError {
     /// Threads or signals cannot be had.
     #[error("cannot start: {0}")]
     Process(#[source] std::io::Error),
+    /// Not root.
+    #[error("this is user {uid}, and volumes, machines and their networks are root's to make")]
+    NotRoot {
+        /// Who it is.
+        uid: u32,
+    },
+    /// No FUSE.
+    #[error("{FUSE} cannot be used: {0}")]
+    Fuse(#[source] std::io::Error),
     /// The program's own path cannot be read.
     #[error("cannot find this program's own file: {0}; name it with the key `program`")]
     Program(#[source] std::io::Error),
@@ -50,11 +59,38 @@ pub enum RunError {
     Proxy(#[from] ProxyError),
 }
 
+/// Where the kernel hands out FUSE sessions; a volume's device stands on one.
+pub const FUSE: &str = "/dev/fuse";
+
+/// Whether FUSE is here: its device, not merely a file of that name (misc, number 229; Documentation/admin-guide/devices.txt).
+///
+/// # Errors
+/// What the kernel says, or that the file is none of its.
+pub fn fuse() -> std::io::Result<()> {
+    let file = std::fs::File::options().read(true).write(true).open(FUSE)?;
+    let stat = rustix::fs::fstat(&file)?;
+    let is_device = rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::CharacterDevice;
+    if is_device && (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev)) == (10, 229) {
+        return Ok(());
+    }
+    Err(std::io::Error::new(std::io::ErrorKind::NotFound, "it is not the device of FUSE"))
+}
+
+/// What is asked of this host before anything is made, in the order in which a person would fix it.
+fn check_host() -> Result<(), RunError> {
+    let uid = rustix::process::geteuid();
+    if !uid.is_root() {
+        return Err(RunError::NotRoot { uid: uid.as_raw() });
+    }
+    fuse().map_err(RunError::Fuse)
+}
+
 /// Runs the agent of `config` until SIGTERM or SIGINT; machines run on.
 ///
 /// # Errors
 /// Why it did not start, or that its journal failed.
 pub fn run(config: Config) -> Result<(), RunError> {
+    check_host()?;
     block_on(async {
         let end = end()?;
         let deps = deps(&config)?;

@@ -16,6 +16,11 @@ const FRESH: Duration = Duration::from_millis(50);
 /// Rates of so many seconds make the range of an ETA.
 const RATES: usize = 10;
 
+/// What was measured so lately says something about what a link carries.
+const RECENT: Duration = Duration::from_secs(600);
+/// What a link is taken to carry, bytes per second, while nothing was measured: Ethernet of 100 Mbit/s to 10 Gbit/s.
+pub(crate) const ASSUMED: (Bytes, Bytes) = (Bytes(12_500_000), Bytes(1_250_000_000));
+
 /// What the plane said, or why it said nothing.
 pub(crate) type Answer = Result<Arc<VolumeStatus>, String>;
 
@@ -87,13 +92,37 @@ impl Statuses {
         });
     }
 
-    /// The lowest and the highest rate at which a volume filled in the last seconds, bytes per second; 0 if not known.
+    /// The range of rates at which a volume fills, by the last seconds, bytes per second; 0 if it stands or nothing is known.
     pub(crate) fn rates(&self, volume: &VolumeId) -> (Bytes, Bytes) {
         let slot = self.slot(volume);
         let state = slot.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let rates = || state.rates.iter().map(|(_, rate)| *rate);
-        (Bytes(rates().min().unwrap_or(0)), Bytes(rates().max().unwrap_or(0)))
+        let rates: Vec<u64> = state.rates.iter().map(|(_, rate)| *rate).collect();
+        let stands = rates.last() == Some(&0);
+        range(&rates).filter(|_| !stands).unwrap_or_default()
     }
+
+    /// The range of rates at which any volume filled here in the last ten minutes; `None` if none did.
+    pub(crate) fn recent_rates(&self) -> Option<(Bytes, Bytes)> {
+        let slots: Vec<Arc<Slot>> =
+            self.slots.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        let rates_of = |slot: &Arc<Slot>| {
+            let state = slot.state.lock().unwrap_or_else(PoisonError::into_inner);
+            let recent = state.rates.iter().filter(|(at, _)| at.elapsed() < RECENT);
+            recent.map(|(_, rate)| *rate).collect::<Vec<u64>>()
+        };
+        range(&slots.iter().flat_map(rates_of).collect::<Vec<u64>>())
+    }
+}
+
+/// The range that measured rates promise; those of 0 are of seconds in which nothing was to be fetched. One second says little
+/// of the next: half to twice as much. Several that agree are still no promise: a fifth either way.
+fn range(rates: &[u64]) -> Option<(Bytes, Bytes)> {
+    let moving = || rates.iter().copied().filter(|rate| *rate > 0);
+    let (low, high) = (moving().min()?, moving().max()?);
+    if moving().count() == 1 {
+        return Some((Bytes(low.div_ceil(2)), Bytes(high.saturating_mul(2))));
+    }
+    Some((Bytes(low - low / 5), Bytes(high.saturating_add(high / 5))))
 }
 
 impl State {
@@ -106,5 +135,21 @@ impl State {
         while self.rates.len() > RATES {
             self.rates.pop_front();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_of_rates_is_one_also_of_a_single_second() {
+        let shown = |rates: &[u64]| range(rates).map(|(low, high)| (low.0, high.0));
+        assert_eq!(shown(&[]), None);
+        assert_eq!(shown(&[0, 0]), None);
+        assert_eq!(shown(&[100]), Some((50, 200)));
+        assert_eq!(shown(&[0, 1]), Some((1, 2)));
+        assert_eq!(shown(&[100, 100, 0]), Some((80, 120)));
+        assert_eq!(shown(&[50, 200]), Some((40, 240)));
     }
 }

@@ -34,7 +34,13 @@ pub(crate) fn why(wait: &Wait) -> api::Why {
         (Severity::Stuck, false) => format!("stuck on {}: {}", wait.on, wait.reason),
         (_, false) => format!("{}: {}", wait.on, wait.reason),
     };
-    api::Why { reason, since_at_ms: wait.since_ms, retry_at_ms: wait.retry_ms, clears: wait.clears.clone() }
+    api::Why {
+        reason,
+        since_at_ms: wait.since_ms,
+        retry_at_ms: wait.retry_ms,
+        attempts: wait.attempts,
+        clears: wait.clears.clone(),
+    }
 }
 
 /// The worst of what the row waits for.
@@ -85,6 +91,7 @@ fn driver_says(row: &Row, seen: &Seen<'_>) -> Option<api::Why> {
         reason,
         since_at_ms: status.since_ms,
         retry_at_ms: None,
+        attempts: 0,
         clears: "the program starts again".to_owned(),
     })
 }
@@ -177,7 +184,7 @@ fn migration_why(migration: &Migration) -> Option<api::Why> {
     let Some(Back::Failed { step, reason, .. }) = &migration.back else { return None };
     let at = migration.entered_ms.get(&Phase::Unwinding).copied().unwrap_or(0);
     let clears = "order the move again once the cause is gone".to_owned();
-    Some(api::Why { reason: format!("{step}: {reason}"), since_at_ms: at, retry_at_ms: None, clears })
+    Some(api::Why { reason: format!("{step}: {reason}"), since_at_ms: at, retry_at_ms: None, attempts: 0, clears })
 }
 
 fn phase(migration: &Migration) -> api::MigrationPhase {
@@ -237,7 +244,7 @@ fn progress(row: &Row, seen: &Seen<'_>) -> Option<api::Progress> {
         exposure_bytes: progress.exposure.0,
         rate_bytes_per_s: progress.rate.0,
         parked_reads: clone.map_or(0, |clone| clone.parked_reads),
-        eta: eta.map(|(low_ms, high_ms)| api::Eta { low_ms, high_ms }),
+        eta: eta.map(|(low_ms, high_ms)| api::Eta { low_ms, high_ms, assumed: false }),
     })
 }
 

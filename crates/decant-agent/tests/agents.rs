@@ -271,7 +271,7 @@ async fn a_machine_that_was_removed_keeps_nobody_busy() {
     fleet.wait_over(&migration).await;
     fleet.wait_running("worker-2", &machine).await;
     // Worker-1 goes on to say that it went to worker-2, which has forgotten it.
-    fleet.client("worker-2").delete(&path::remove_machine(&machine, false)).await.expect("removed");
+    fleet.client("worker-2").delete(&path::remove_machine(&machine, false, false)).await.expect("removed");
     retry_until("it is gone", || async {
         let machines: Listing<Machine> = fleet.client("worker-2").get(&path::machines(Scope::Local)).await.ok()?;
         machines.items.is_empty().then_some(())
@@ -525,7 +525,7 @@ async fn a_stopped_machine_stays_stopped_and_can_be_removed() {
     let refused = client.delete(&path::machine(&machine)).await.expect_err("not asked to remove the volume");
     assert!(matches!(&refused, ClientError::Api(body) if body.code == decant_api::Code::NeedsForce), "{refused:?}");
     fleet.wait_running("worker-1", &machine).await;
-    client.delete(&path::remove_machine(&machine, true)).await.expect("removed");
+    client.delete(&path::remove_machine(&machine, true, false)).await.expect("removed");
     retry_until("it is gone, and its volume", || async {
         let machines: Listing<Machine> = client.get(&path::machines(Scope::Local)).await.ok()?;
         let volumes: Listing<Volume> = client.get(&path::volumes(Scope::Local)).await.ok()?;

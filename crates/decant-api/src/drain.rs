@@ -30,12 +30,25 @@ pub struct CreateDrain {
     /// Why, for the event log and whoever finds the worker cordoned.
     #[serde(default)]
     pub reason: String,
-    /// After this long without being drained it starts no more moves and ends as `deadline`.
+    /// After this long without being drained it starts no more moves, takes back those that are not past their commit point,
+    /// and ends as `deadline`.
     #[serde(default)]
     pub deadline_ms: Option<u64>,
     /// What the volumes travel over.
     #[serde(default)]
     pub protocol: Protocol,
+    /// Destinations need not have the very program that a machine was started from.
+    #[serde(default)]
+    pub any_program: bool,
+}
+
+/// Live settings of a drain. Absent fields stay as they are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DrainSettings {
+    /// Machines of each worker moving at the same time, at least 1.
+    #[serde(default)]
+    pub max: Option<u32>,
 }
 
 /// A drain and its plan.
@@ -49,6 +62,9 @@ pub struct Drain {
     pub reason: String,
     /// How far it is.
     pub phase: DrainPhase,
+    /// Machines of each worker moving at the same time.
+    #[serde(default)]
+    pub max: u32,
     /// When it was ordered.
     pub started_at_ms: u64,
     /// Until nothing ran on the workers any more.
@@ -150,6 +166,9 @@ pub struct PlannedMove {
     pub destination: WorkerId,
     /// Allocated bytes of its volume, the most that has to move.
     pub bytes: Bytes,
+    /// How long that takes, alone on its link.
+    #[serde(default)]
+    pub eta: Option<Eta>,
 }
 
 /// Why something cannot move.

@@ -3,7 +3,10 @@
 use decant_base::{DrainId, MachineId, MigrationId, VolumeId, WorkerId};
 use serde::{Deserialize, Serialize};
 
-/// One line of the worker's event log. It is durable and numbered without gaps; a subscriber resumes with `?after=SEQUENCE`.
+/// One line of the worker's event log, numbered without gaps; a subscriber resumes with `?after=SEQUENCE`.
+///
+/// A line is durable with the next durable step, milliseconds to seconds later: decisions are durable before they are told of,
+/// notes and intermediate steps are not. A power cut may take the last of those, and their numbers are then given again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
     /// Its number on this worker, from 1.

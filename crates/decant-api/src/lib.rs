@@ -16,20 +16,22 @@
 //! | `GET /v1/machines?scope=` | | [`Listing`] of [`Machine`] |
 //! | `POST /v1/machines` | [`RunMachine`] | [`Machine`] |
 //! | `GET /v1/machines/{machine}` | | [`Machine`] |
-//! | `DELETE /v1/machines/{machine}?with_volume=` | | [`Empty`] |
+//! | `DELETE /v1/machines/{machine}?with_volume=&force=` | | [`Empty`] |
 //! | `POST /v1/machines/{machine}/stop`, `…/start` | [`Empty`] | [`Machine`] |
 //! | `POST /v1/machines/{machine}/move` | [`MoveMachine`] | [`Migration`] |
 //! | `POST /v1/machines/{machine}/reclaim` | [`Reclaim`] | [`Reclaimed`] |
+//! | `POST /v1/machines/{machine}/retry` | [`Empty`] | [`Machine`] |
+//! | `POST /v1/machines/{machine}/clear-veto`, `…/forget-origin` | [`Force`] | [`Machine`] |
 //! | `GET /v1/machines/{machine}/logs?tail=` | | [`Logs`] |
 //! | `GET /v1/drains` | | [`Listing`] of [`Drain`] |
 //! | `POST /v1/drains` | [`CreateDrain`] | [`Drain`] |
 //! | `GET /v1/drains/{drain}` | | [`Drain`] |
-//! | `POST /v1/drains/{drain}/cancel` | [`Empty`] | [`Drain`] |
+//! | `POST /v1/drains/{drain}/cancel`, `…/resume` | [`Empty`] | [`Drain`] |
+//! | `POST /v1/drains/{drain}/settings` | [`DrainSettings`] | [`Drain`] |
 //! | `GET /v1/migrations?scope=` | | [`Listing`] of [`Migration`] |
 //! | `GET /v1/migrations/{migration}` | | [`Migration`] |
 //! | `POST /v1/migrations/{migration}/cancel` | [`Empty`] | [`Migration`] |
 //! | `POST /v1/migrations/{migration}/settings` | [`MigrationSettings`] | [`Migration`] |
-//! | `POST /v1/machines/{machine}/retry` | [`Empty`] | [`Machine`] |
 //! | `GET /v1/routes/{machine}?wait_ms=&known_state=&known_epoch=&known_worker=` | | [`Route`] |
 //! | `GET /v1/events?after=` | | server-sent events, each `data:` an [`Event`], its `id:` the sequence |
 //!
@@ -49,10 +51,12 @@ mod volume;
 mod worker;
 
 pub use decant_network::{Route, RouteState};
-pub use drain::{Blocker, CreateDrain, Drain, DrainMachine, DrainPhase, PlannedMove};
+pub use drain::{Blocker, CreateDrain, Drain, DrainMachine, DrainPhase, DrainSettings, PlannedMove};
 pub use error::{Code, ErrorBody};
 pub use event::Event;
-pub use machine::{Exit, Logs, Machine, MachineState, MoveMachine, Reclaim, Reclaimed, RecoveryPoint, RunMachine};
+pub use machine::{
+    Exit, Force, Logs, Machine, MachineState, MoveMachine, Reclaim, Reclaimed, RecoveryPoint, RunMachine,
+};
 pub use migration::{Eta, Migration, MigrationPhase, MigrationSettings, Progress, Role, Timings, Why};
 pub use volume::{CreateVolume, SealedCopy, Volume};
 pub use worker::{Capacity, Cordon, Worker, WorkerState};

@@ -36,6 +36,9 @@ pub struct MoveMachine {
     /// What the volume travels over.
     #[serde(default)]
     pub protocol: Protocol,
+    /// The destination need not have the very program that the machine was started from.
+    #[serde(default)]
+    pub any_program: bool,
 }
 
 /// Boots the sealed copy of a machine whose new owner is destroyed.
@@ -44,6 +47,15 @@ pub struct MoveMachine {
 pub struct Reclaim {
     /// The operator's word that the destination is destroyed and will never run the machine again. Without it the request
     /// fails with `needs_force` and says what would be lost.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// An order that stands on the operator's word.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Force {
+    /// The word. Without it the request fails with `needs_force` and says what would be given up.
     #[serde(default)]
     pub force: bool,
 }

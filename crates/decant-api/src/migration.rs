@@ -138,12 +138,15 @@ pub struct Progress {
 }
 
 /// A range, because nobody knows the rate of the next minute.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Eta {
     /// If all goes well.
     pub low_ms: u64,
     /// If it goes as slowly as it may.
     pub high_ms: u64,
+    /// No rate was measured lately: it stands on what networks are taken to carry.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub assumed: bool,
 }
 
 /// What something waits for.
@@ -156,6 +159,9 @@ pub struct Why {
     /// When it is tried again; absent when only an event or a person can help.
     #[serde(default)]
     pub retry_at_ms: Option<u64>,
+    /// How often it was tried in vain since then.
+    #[serde(default)]
+    pub attempts: u32,
     /// What clears it.
     pub clears: String,
 }

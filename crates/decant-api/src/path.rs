@@ -51,12 +51,12 @@ pub fn machine(machine: &MachineId) -> String {
     format!("/v1/machines/{machine}")
 }
 
-/// One machine, to remove it: with its volume, or only if it has none.
-pub fn remove_machine(machine: &MachineId, with_volume: bool) -> String {
-    format!("/v1/machines/{machine}?with_volume={with_volume}")
+/// One machine, to remove it: with its volume, or only if it has none; with `force` also while blocks of it are missing.
+pub fn remove_machine(machine: &MachineId, with_volume: bool, force: bool) -> String {
+    format!("/v1/machines/{machine}?with_volume={with_volume}&force={force}")
 }
 
-/// An action on a machine: `stop`, `start`, `move`, `reclaim`.
+/// An action on a machine: `stop`, `start`, `move`, `reclaim`, `retry`, `clear-veto`, `forget-origin`.
 pub fn machine_action(machine: &MachineId, action: &str) -> String {
     format!("/v1/machines/{machine}/{action}")
 }
@@ -79,6 +79,16 @@ pub fn drain(drain: &DrainId) -> String {
 /// Cancels it.
 pub fn cancel_drain(drain: &DrainId) -> String {
     format!("/v1/drains/{drain}/cancel")
+}
+
+/// Lets it go on now.
+pub fn resume_drain(drain: &DrainId) -> String {
+    format!("/v1/drains/{drain}/resume")
+}
+
+/// Changes its live settings.
+pub fn drain_settings(drain: &DrainId) -> String {
+    format!("/v1/drains/{drain}/settings")
 }
 
 /// All migrations.

@@ -1,6 +1,6 @@
 //! The worker that takes the machine: the other side of the transition table in [`crate::migration`].
 
-use decant_base::{MigrationId, WorkerId};
+use decant_base::{MachineId, MigrationId, WorkerId};
 use decant_dataplane::{Command, Failure, FailureCode, Origin, Outcome, Seal, Verification};
 use serde_json::Value;
 
@@ -13,17 +13,34 @@ use crate::vocabulary::{Body, Denied, Effect, MachineCommand, Message, Offer};
 use crate::wait::{ASK, LOCAL, LOOK, RESEND, Wait};
 
 /// What is awaited in the phase.
-pub(crate) fn wait(migration: &Migration, now_ms: u64) -> Option<Wait> {
+pub(crate) fn wait(machine: &MachineId, migration: &Migration, now_ms: u64) -> Option<Wait> {
     let from = &migration.peer;
+    let remove = format!("`decant machine rm {machine} --with-volume --force`");
     let (on, clears) = match migration.phase {
         Phase::Planned => ("prepare", "the volume, the clone and the machine are prepared here".to_owned()),
-        Phase::Prepared | Phase::Stopped | Phase::Sealed => ("grant", format!("{from} grants the machine, or cancels")),
-        Phase::Granted if !migration.begun => ("begin", "the clone's map is durable".to_owned()),
+        Phase::Prepared | Phase::Stopped | Phase::Sealed => {
+            let cancel = format!("`decant migration cancel {}`", migration.id);
+            (
+                "grant",
+                format!("{from} grants the machine, or cancels, or, if it is destroyed, somebody orders {cancel}"),
+            )
+        }
+        Phase::Granted if !migration.begun => (
+            "begin",
+            format!("the clone's map is durable; if {from} is destroyed for good, {remove} gives the machine up"),
+        ),
         Phase::Granted => ("boot", "the machine's first process runs".to_owned()),
         Phase::Booted => ("trim", "what the file system does not use is discarded".to_owned()),
-        Phase::Hydrating => ("hydration", format!("every block is here; {from} must stay up until then")),
+        Phase::Hydrating => {
+            let until = format!("every block is here; {from} must stay up until then");
+            ("hydration", format!("{until}; if it is destroyed for good, {remove} gives the machine up"))
+        }
         Phase::Verified => {
-            ("release", format!("{from} hears that nothing of it is needed, or somebody says that it is gone"))
+            let forget = format!("`decant machine forget-origin {machine} --force`");
+            (
+                "release",
+                format!("{from} hears that nothing of it is needed, or, if it is destroyed, somebody orders {forget}"),
+            )
         }
         Phase::Unwinding => ("unwinding", "what was prepared here is removed".to_owned()),
         Phase::Cleaned | Phase::Ended => return None,
@@ -69,6 +86,7 @@ struct Call<'a> {
     reason: &'a str,
     drain: Option<&'a decant_base::DrainId>,
     limits: Limits,
+    program: Option<&'a String>,
 }
 
 /// A message of a source's. The row may know nothing of the migration.
@@ -78,6 +96,10 @@ pub(crate) fn received(draft: &mut Draft, from: &WorkerId, message: &Message) ->
         // What was answered once is answered the same way for ever.
         (Body::Grant { .. } | Body::Refuse | Body::Abandon | Body::Prepare { .. }, Some(Answer::Accepted)) => {
             draft.reply(from, message, Body::GrantAccepted);
+            // A source that was thought to be destroyed asks; nobody else says it to it any more.
+            if let Some(verification) = was_whole(draft, id) {
+                draft.reply(from, message, Body::Verified { verification });
+            }
         }
         (Body::Grant { .. } | Body::Refuse, Some(Answer::Refused)) => draft.reply(from, message, Body::GrantRefused),
         (Body::Grant { .. } | Body::Refuse, None) if message.epoch <= draft.row.top.epoch => {
@@ -87,19 +109,42 @@ pub(crate) fn received(draft: &mut Draft, from: &WorkerId, message: &Message) ->
         (Body::Grant { desired, seal }, None) => granted(draft, from, message, *desired, seal.as_deref()),
         (Body::Refuse, None) => refuse(draft, from, message, Back::Cancelled),
         (Body::Abandon, _) => abandon(draft, from, message),
-        (Body::Prepare { spec, offer, reason, drain, limits }, _) => {
-            let call = Call { spec, offer: offer.as_deref(), reason, drain: drain.as_ref(), limits: *limits };
+        (Body::Prepare { spec, offer, reason, drain, limits, program }, _) => {
+            let (offer, drain, program) = (offer.as_deref(), drain.as_ref(), program.as_ref());
+            let call = Call { spec, offer, reason, drain, limits: *limits, program };
             prepare(draft, from, message, &call);
         }
         (Body::Released, _) => {
             let waits = draft.migration_is(Role::Destination, id).is_some_and(|m| m.phase == Phase::Verified);
-            if waits && draft.row.state.owned() == Some(message.epoch) {
+            // The epoch owned may be above the message's: a veto was cleared since.
+            if waits && draft.row.state.owned().is_some() {
                 clean(draft);
             }
         }
         _ => return Err(Denied::Unawaited),
     }
     Ok(())
+}
+
+/// Whether every block of the accepted migration `id` is known to be, or to have been, here, with what verification found.
+fn was_whole(draft: &Draft, id: &MigrationId) -> Option<Option<Verification>> {
+    let migration = draft.row.migration.as_ref()?;
+    if migration.id == *id && migration.role == Role::Destination {
+        return matches!(migration.phase, Phase::Verified | Phase::Cleaned).then_some(migration.verification);
+    }
+    // Only a machine that is whole is moved on.
+    (migration.role == Role::Source).then_some(None)
+}
+
+/// The machine goes, whole or not: its origin is destroyed, says the operator. An origin that comes back nevertheless is
+/// told that its grant was accepted and nothing more: its copy may be all that is left, and is there to be reclaimed.
+pub(crate) fn give_up(draft: &mut Draft) {
+    let Some(migration) = draft.migration_as(Role::Destination) else { return };
+    let reason = format!("the machine was removed by force before {} was over", migration.id);
+    migration.back = Some(Back::Failed { step: "remove".to_owned(), reason, passing: false });
+    migration.seal = None;
+    migration.origin = None;
+    draft.enter(Phase::Ended);
 }
 
 /// Nothing is owed to the source any more.
@@ -169,6 +214,7 @@ fn accept_call(draft: &mut Draft, from: &WorkerId, message: &Message, call: &Cal
         reason: call.reason.to_owned(),
         drain: call.drain.cloned(),
         limits: call.limits,
+        program: call.program.cloned(),
         entered_ms: Default::default(),
         back: None,
         accepted: false,
@@ -204,10 +250,11 @@ fn make(draft: &mut Draft, call: &Call<'_>) {
 }
 
 fn prepare_machine(draft: &mut Draft) {
-    let Some(migration) = draft.row.migration.as_ref().map(|migration| migration.id.clone()) else { return };
+    let Some(migration) = &draft.row.migration else { return };
+    let (migration, program) = (migration.id.clone(), migration.program.clone());
     let (machine, device) = (draft.row.machine.clone(), draft.row.device.clone());
     let spec = draft.row.spec.clone().unwrap_or_default();
-    draft.machine(MachineCommand::Prepare { machine, migration, spec, device });
+    draft.machine(MachineCommand::Prepare { machine, migration, spec, device, program });
 }
 
 /// The source, sealed, hands the machine over; nothing was answered yet and the epoch is above all.
@@ -269,7 +316,7 @@ pub(crate) fn cancel(draft: &mut Draft) -> Result<(), Denied> {
             Ok(())
         }
         Phase::Unwinding => Ok(()),
-        _ => Err(Denied::UseUndo { migration: id, to: draft.row.worker.clone() }),
+        _ => Err(Denied::TooLate { migration: id, to: draft.row.worker.clone() }),
     }
 }
 

@@ -84,12 +84,13 @@ impl Draft {
     /// Enters `phase`, with the name of what is awaited in it.
     pub(crate) fn enter(&mut self, phase: Phase) {
         let now_ms = self.now_ms;
+        let machine = &self.row.machine;
         if let Some(migration) = &mut self.row.migration {
             migration.phase = phase;
             let since_ms = *migration.entered_ms.entry(phase).or_insert(now_ms);
             migration.wait = match migration.role {
-                Role::Source => source::wait(migration, since_ms),
-                Role::Destination => destination::wait(migration, since_ms),
+                Role::Source => source::wait(machine, migration, since_ms),
+                Role::Destination => destination::wait(machine, migration, since_ms),
             };
         }
     }
@@ -136,8 +137,11 @@ impl Draft {
                 wait::retry(&mut migration.wait, then.step, failure, then.backoff, &name, now_ms);
             }
             Some(Otherwise::Stuck) => {
-                let clears = "somebody removes the cause and orders a retry, or cancels while that is possible";
-                wait::stuck(&mut migration.wait, then.step, &failure.message, clears, now_ms);
+                let clears = format!(
+                    "somebody removes the cause and orders `decant machine retry {}`, or cancels while that is possible",
+                    self.row.machine
+                );
+                wait::stuck(&mut migration.wait, then.step, &failure.message, &clears, now_ms);
             }
             Some(Otherwise::Unwind) => {
                 let passing = matches!(failure.code, FailureCode::Retry | FailureCode::NotYet);
@@ -160,8 +164,11 @@ impl Draft {
         let reason = format!(
             "{by} claims this machine at epoch {epoch}, above the one here: this worker's journal may be an old copy"
         );
-        let clears = "the machine is removed here, or somebody makes sure that nobody else has it and clears the veto";
-        wait::stuck(&mut self.row.wait, "higher-epoch", &reason, clears, self.now_ms);
+        let clears = format!(
+            "the machine is removed here, or somebody makes sure that nobody else has it and orders `decant machine clear-veto {} --force`",
+            self.row.machine
+        );
+        wait::stuck(&mut self.row.wait, "higher-epoch", &reason, &clears, self.now_ms);
     }
 
     /// Ends the step.

@@ -102,6 +102,9 @@ pub struct DrainOrder {
     pub protocol: Protocol,
     /// Blockers of some machines do not keep the others here.
     pub partial: bool,
+    /// Destinations need not have the very program that a machine was started from.
+    #[serde(default)]
+    pub any_program: bool,
 }
 
 /// Where one machine of a drain stands.

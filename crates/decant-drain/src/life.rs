@@ -230,8 +230,8 @@ fn failed(draft: &mut Draft, step: &str, failure: &Failure) {
             wait::retry(&mut draft.row.wait, step, failure, backoff, &name, now_ms);
         }
         FailureCode::Refused | FailureCode::Stuck => {
-            let clears = "somebody removes the cause and orders a retry";
-            wait::stuck(&mut draft.row.wait, step, &failure.message, clears, now_ms);
+            let clears = format!("somebody removes the cause and orders `decant machine retry {name}`");
+            wait::stuck(&mut draft.row.wait, step, &failure.message, &clears, now_ms);
         }
     }
 }

@@ -179,6 +179,9 @@ pub struct Migration {
     pub seal: Option<Seal>,
     /// What verification found.
     pub verification: Option<Verification>,
+    /// SHA-256, hex, of the program that the destination must have; `None` takes any.
+    #[serde(default)]
+    pub program: Option<String>,
     /// What it waits for.
     pub wait: Option<Wait>,
 }

@@ -17,7 +17,7 @@ pub(crate) fn order(draft: &mut Draft, order: Order) -> Result<(), Denied> {
         Order::Run { spec, volume } => run(draft, spec, volume),
         Order::Start => desire(draft, Desired::Running),
         Order::Stop => desire(draft, Desired::Stopped),
-        Order::Remove => remove(draft),
+        Order::Remove { force } => remove(draft, force),
         Order::Move(order) => move_to(draft, *order),
         Order::Cancel { migration } => cancel(draft, &migration),
         Order::Reclaim => source::reclaim(draft),
@@ -74,18 +74,18 @@ fn desire(draft: &mut Draft, desired: Desired) -> Result<(), Denied> {
     Ok(())
 }
 
-fn remove(draft: &mut Draft) -> Result<(), Denied> {
+fn remove(draft: &mut Draft, force: bool) -> Result<(), Denied> {
     if !matches!(draft.row.state, State::Active { .. }) {
         return match &draft.row.state {
             State::Moving { migration, .. } => busy(format!("it is being moved: cancel migration {migration} first")),
             _ => Err(not_owner(&draft.row)),
         };
     }
-    if let Some(migration) = draft.migration_as(Role::Destination) {
-        return busy(format!(
-            "it is still being moved here from {}: wait until {} is over",
-            migration.peer, migration.id
-        ));
+    if force {
+        destination::give_up(draft);
+    }
+    if let Some(reason) = not_over(draft) {
+        return busy(format!("it is still being moved here; {reason}"));
     }
     // Nobody boots it again, so a higher epoch elsewhere does no harm; without this a vetoed machine could not be removed.
     draft.row.veto = None;
@@ -113,12 +113,9 @@ fn move_to(draft: &mut Draft, order: Move) -> Result<(), Denied> {
                 Role::Source => {
                     format!("migration {} to {} is under way: {}", migration.id, migration.peer, migration.phase.name())
                 }
-                Role::Destination => format!(
-                    "this machine is not whole here yet ({} from {} is {}): wait until it is over",
-                    migration.id,
-                    migration.peer,
-                    migration.phase.name()
-                ),
+                Role::Destination => {
+                    format!("this machine is not whole here yet; {}", not_over(draft).unwrap_or_default())
+                }
             });
         }
     }
@@ -136,10 +133,27 @@ fn move_to(draft: &mut Draft, order: Move) -> Result<(), Denied> {
     Ok(())
 }
 
+/// Why a machine that is still being moved here is not to be touched, and what to do if its origin is destroyed.
+fn not_over(draft: &Draft) -> Option<String> {
+    let migration = draft.row.migration.as_ref();
+    let migration = migration.filter(|migration| migration.role == Role::Destination && !migration.phase.is_over())?;
+    let (machine, from) = (&draft.row.machine, &migration.peer);
+    let way_out = match migration.phase {
+        Phase::Granted | Phase::Booted | Phase::Hydrating => {
+            format!(", or, if {from} is destroyed, give it up with `decant machine rm {machine} --with-volume --force`")
+        }
+        Phase::Verified => {
+            format!(", or, if {from} is destroyed, order `decant machine forget-origin {machine} --force`")
+        }
+        _ => String::new(),
+    };
+    Some(format!("{} from {from} is {}: wait until it is over{way_out}", migration.id, migration.phase.name()))
+}
+
 fn cancel(draft: &mut Draft, id: &MigrationId) -> Result<(), Denied> {
     match &draft.row.migration {
         Some(migration) if migration.id == *id => match (migration.phase, migration.role) {
-            (Phase::Verified, _) | (Phase::Cleaned, _) if migration.accepted => Err(Denied::UseUndo {
+            (Phase::Verified, _) | (Phase::Cleaned, _) if migration.accepted => Err(Denied::TooLate {
                 migration: id.clone(),
                 to: if migration.role == Role::Source { migration.peer.clone() } else { draft.row.worker.clone() },
             }),
@@ -159,10 +173,11 @@ fn forget_origin(draft: &mut Draft) -> Result<(), Denied> {
             destination::clean(draft);
             Ok(())
         }
-        Some(phase) if phase >= Phase::Granted && phase < Phase::Verified => Err(Denied::Busy {
-            reason: "blocks of this machine's volume are still missing here: without its origin it is not whole"
-                .to_owned(),
-        }),
+        Some(phase) if phase >= Phase::Granted && phase < Phase::Verified => busy(format!(
+            "blocks of this machine's volume are still missing here: without its origin it is not whole; \
+             `decant machine rm {} --with-volume --force` gives it up",
+            draft.row.machine
+        )),
         _ => Err(Denied::Senseless { reason: "no origin waits for a word from here".to_owned() }),
     }
 }
@@ -198,6 +213,10 @@ fn free_copy(draft: &mut Draft) -> Result<(), Denied> {
 }
 
 fn clear_veto(draft: &mut Draft) -> Result<(), Denied> {
+    if let (State::Moving { migration, .. }, Some(_)) = (&draft.row.state, &draft.row.veto) {
+        // The destination is granted the epoch after this one, which was promised before the claim was heard.
+        return busy(format!("it is being moved: cancel migration {migration} first"));
+    }
     let Some((seen, _)) = draft.row.veto.take() else {
         return Err(Denied::Senseless { reason: "nobody claims this machine at a higher epoch".to_owned() });
     };

@@ -16,6 +16,9 @@ pub struct Fleet {
     pub machines: Vec<MachineFacts>,
     /// Bytes per second that a link carried lately, lowest and highest; 0 if not known.
     pub rate: (Bytes, Bytes),
+    /// Nothing was measured: the rate is what links are taken to carry.
+    #[serde(default)]
+    pub rate_is_assumed: bool,
     /// What the drained worker still serves: migrations from it that are sealed and not released, of any drain or none.
     #[serde(default)]
     pub serving: Vec<Serving>,
@@ -109,6 +112,9 @@ pub struct Plan {
     pub bytes: Bytes,
     /// When it will be done.
     pub eta: Eta,
+    /// The times stand on an assumed rate, nothing was measured.
+    #[serde(default)]
+    pub eta_is_assumed: bool,
 }
 
 /// What a plan must respect besides the fleet.
@@ -163,6 +169,7 @@ pub fn plan(fleet: &Fleet, wishes: &Wishes) -> Plan {
     plan.moves.sort_by(|a, b| a.bytes.cmp(&b.bytes).then_with(|| a.machine.cmp(&b.machine)));
     plan.bytes = Bytes(plan.moves.iter().map(|planned| planned.bytes.0).fold(0, u64::saturating_add));
     plan.eta = Eta::of(plan.bytes.0, fleet.rate.0, fleet.rate.1);
+    plan.eta_is_assumed = fleet.rate_is_assumed;
     plan
 }
 

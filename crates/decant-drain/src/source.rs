@@ -1,6 +1,6 @@
 //! The worker that hands the machine over: one side of the transition table in [`crate::migration`].
 
-use decant_base::{MigrationId, WorkerId};
+use decant_base::{MachineId, MigrationId, WorkerId};
 use decant_dataplane::{Command, Failure, FailureCode, Outcome, Seal};
 
 use crate::draft::{self, Draft, OnFailure, Otherwise};
@@ -16,19 +16,20 @@ use crate::wait::{ASK, FREE_COPY, LOCAL, RESEND, Wait};
 const FAREWELLS: u32 = 6;
 
 /// What is awaited in the phase.
-pub(crate) fn wait(migration: &Migration, now_ms: u64) -> Option<Wait> {
+pub(crate) fn wait(machine: &MachineId, migration: &Migration, now_ms: u64) -> Option<Wait> {
     let to = &migration.peer;
+    let or_reclaim = || format!("or, if {to} is destroyed, somebody orders `decant machine reclaim {machine} --force`");
     let (on, clears) = match migration.phase {
         Phase::Planned => ("prepare", format!("the export is open and {to} answers that it is ready")),
         Phase::Prepared => ("machine-stop", "its cgroup is empty and its device has no user".to_owned()),
         Phase::Stopped => ("seal", "what was written is durable and no write lands any more".to_owned()),
         Phase::Sealed if migration.back.is_some() => {
-            ("refusal", format!("{to} answers whether it has accepted the grant"))
+            ("refusal", format!("{to} answers whether it has accepted the grant, {}", or_reclaim()))
         }
-        Phase::Sealed => ("grant", format!("{to} answers the grant")),
-        Phase::Granted => ("boot", format!("{to} says that the machine runs")),
+        Phase::Sealed => ("grant", format!("{to} answers the grant, {}", or_reclaim())),
+        Phase::Granted => ("boot", format!("{to} says that the machine runs, {}", or_reclaim())),
         Phase::Booted | Phase::Hydrating => {
-            ("hydration", format!("{to} says that every block is there and was compared"))
+            ("hydration", format!("{to} says that every block is there and was compared, {}", or_reclaim()))
         }
         Phase::Verified => ("cleaning", "the export is closed".to_owned()),
         Phase::Unwinding => ("unwinding", format!("the export is closed and {to} has forgotten the migration")),
@@ -67,7 +68,11 @@ pub(crate) fn effects(row: &Row, migration: &Migration) -> Vec<Effect> {
             vec![Effect::Machine(MachineCommand::Stop { machine: machine() })]
         }
         (Phase::Sealed, _) if migration.back.is_some() => vec![say(Body::Refuse)],
-        (Phase::Sealed, None) => vec![say(Body::Grant { desired: row.desired, seal: None })],
+        // Past the commit point it is no order but a question: it is answered with how far the destination is, which may
+        // have been told that this worker is destroyed.
+        (Phase::Sealed | Phase::Granted | Phase::Booted | Phase::Hydrating, None) => {
+            vec![say(Body::Grant { desired: row.desired, seal: None })]
+        }
         // Its outcome says what is live, and brings the export back after a restart of the host.
         (Phase::Stopped | Phase::Sealed | Phase::Granted | Phase::Booted | Phase::Hydrating, Some(volume)) => {
             let seal = |reader| Effect::Plane(Command::Seal { volume, migration: id(), reader });
@@ -83,7 +88,7 @@ pub(crate) fn effects(row: &Row, migration: &Migration) -> Vec<Effect> {
             let abandon = (!migration.peer_done).then(|| say(Body::Abandon));
             close.into_iter().chain(abandon).collect()
         }
-        (Phase::Granted | Phase::Booted | Phase::Hydrating, None) | (Phase::Cleaned | Phase::Ended, _) => Vec::new(),
+        (Phase::Cleaned | Phase::Ended, _) => Vec::new(),
     }
 }
 
@@ -94,6 +99,7 @@ fn prepare(row: &Row, migration: &Migration, offer: Option<Box<Offer>>) -> Body 
         reason: migration.reason.clone(),
         drain: migration.drain.clone(),
         limits: migration.limits,
+        program: migration.program.clone(),
     }
 }
 
@@ -111,6 +117,7 @@ pub(crate) fn begin(draft: &mut Draft, order: Move, epoch: decant_base::Epoch) {
         reason: order.reason,
         drain: order.drain,
         limits: order.limits,
+        program: order.program,
         entered_ms: Default::default(),
         back: None,
         accepted: false,
@@ -230,8 +237,12 @@ pub(crate) fn plane(draft: &mut Draft, command: &Command, result: Result<Outcome
                 grant(draft, Some(sealed));
             }
         }
-        // The export is there again.
-        (Command::Seal { .. }, Phase::Granted | Phase::Booted | Phase::Hydrating, Some(_)) => draft.enter(phase),
+        // The export is there again. This worker was away, and the destination may have been told that it is destroyed.
+        (Command::Seal { .. }, Phase::Granted | Phase::Booted | Phase::Hydrating, Some(Outcome::Sealed(sealed))) => {
+            draft.enter(phase);
+            let desired = draft.row.desired;
+            draft.tell(Body::Grant { desired, seal: Some(Box::new(sealed)) });
+        }
         (
             Command::Seal { .. },
             Phase::Stopped | Phase::Sealed | Phase::Granted | Phase::Booted | Phase::Hydrating,
@@ -314,7 +325,7 @@ pub(crate) fn cancel(draft: &mut Draft) -> Result<(), Denied> {
             draft.drive_migration();
         }
         Phase::Sealed | Phase::Unwinding => {}
-        _ => return Err(Denied::UseUndo { migration: migration.id.clone(), to: migration.peer.clone() }),
+        _ => return Err(Denied::TooLate { migration: migration.id.clone(), to: migration.peer.clone() }),
     }
     Ok(())
 }

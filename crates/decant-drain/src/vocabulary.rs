@@ -72,7 +72,11 @@ pub enum Order {
     /// Down.
     Stop,
     /// Stopped, then gone with its volume.
-    Remove,
+    Remove {
+        /// Its origin is destroyed, says the operator: also while blocks are missing here, or while the origin has not
+        /// heard that it is not needed.
+        force: bool,
+    },
     /// To another worker.
     Move(Box<Move>),
     /// A migration back to where it came from, as far as that is still possible.
@@ -107,6 +111,8 @@ pub struct Move {
     pub drain: Option<DrainId>,
     /// Timeouts.
     pub limits: Limits,
+    /// SHA-256, hex, of the program that it was started from: the destination must have the same. `None` takes any.
+    pub program: Option<String>,
 }
 
 /// What one agent says to another, at least once; idempotent by (machine, migration, epoch).
@@ -138,6 +144,9 @@ pub enum Body {
         drain: Option<DrainId>,
         /// Timeouts.
         limits: Limits,
+        /// SHA-256, hex, of the program that it was started from; absent where any will do, and from older agents.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        program: Option<String>,
     },
     /// Destination: ready. Sent again until the source says something.
     PrepareOk,
@@ -211,6 +220,8 @@ pub enum MachineCommand {
         spec: Value,
         /// Its device, if it has a volume.
         device: Option<PathBuf>,
+        /// SHA-256, hex, that its program must have here; `None` takes any.
+        program: Option<String>,
     },
     /// Start it, prepared or not. Done when its first process runs.
     Start {
@@ -324,9 +335,9 @@ pub enum Denied {
     },
     /// The destination owns the machine: no cancel any more.
     #[error(
-        "migration {migration} is past its commit point, {to} owns the machine: use undo; until there is one, move the machine back once it is verified"
+        "migration {migration} is past its commit point, {to} owns the machine: once it is verified, a move brings the machine back"
     )]
-    UseUndo {
+    TooLate {
         /// Which.
         migration: MigrationId,
         /// The new owner.

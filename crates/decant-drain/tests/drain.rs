@@ -49,7 +49,7 @@ fn grouped(group: &str, facts: MachineFacts) -> MachineFacts {
 
 fn fleet(machines: Vec<MachineFacts>) -> Fleet {
     let workers = ["worker-1", "worker-2", "worker-3"].map(facts).to_vec();
-    Fleet { workers, machines, rate: (Bytes::mib(50), Bytes::mib(100)), serving: Vec::new() }
+    Fleet { workers, machines, rate: (Bytes::mib(50), Bytes::mib(100)), ..Fleet::default() }
 }
 
 fn wishes() -> Wishes {
@@ -67,6 +67,7 @@ fn order() -> DrainOrder {
         deadline_ms: None,
         limits: Limits { prepare_ms: 1, stop_ms: 1, retention_ms: 1 },
         partial: false,
+        any_program: false,
     }
 }
 

@@ -343,7 +343,7 @@ fn cancel_at_every_step() {
                 assert_eq!((state, kind), ("none", Kind::None), "something is left at {phase:?}:\n{}", pair.trace);
                 assert_eq!(pair.rows[0].migration.as_ref().and_then(|m| m.back.clone()), Some(Back::Cancelled));
             } else {
-                assert!(matches!(cancelled, Ok(()) | Err(Denied::UseUndo { .. })), "{cancelled:?}");
+                assert!(matches!(cancelled, Ok(()) | Err(Denied::TooLate { .. })), "{cancelled:?}");
                 assert_eq!(state, "released");
             }
             let word = format!(
@@ -368,9 +368,9 @@ fn cancel_at_every_step() {
             prepared: back on the source
             stopped: back on the source
             sealed: too late: forward
-            granted: use undo
-            booted: use undo
-            hydrating: use undo
+            granted: too late
+            booted: too late
+            hydrating: too late
         "#]];
         if !stateless {
             expected.assert_eq(&(outcomes.join("\n") + "\n"));
@@ -380,7 +380,7 @@ fn cancel_at_every_step() {
 
 fn return_word(denied: &Denied) -> &'static str {
     match denied {
-        Denied::UseUndo { .. } => "use undo",
+        Denied::TooLate { .. } => "too late",
         Denied::Over { .. } => "over",
         _ => "denied",
     }
@@ -675,7 +675,7 @@ fn an_old_journal_at_the_source_is_noticed() {
 #[test]
 fn a_machine_is_removed_with_its_volume_and_its_epoch_stays() {
     let mut pair = Pair::new(Some(volume()));
-    pair.order(0, Order::Remove).expect("it is removed");
+    pair.order(0, Order::Remove { force: false }).expect("it is removed");
     pair.settle();
     assert_eq!((pair.rows[0].state.clone(), pair.sites[0].kind), (State::None, Kind::None));
     pair.sites[0].kind = Kind::Plain;
@@ -721,6 +721,122 @@ fn a_dead_origin_can_be_forgotten_once_every_block_is_here() {
     pair.move_to(2, 1, 0);
 }
 
+/// A pair whose source burnt at `phase` of the destination.
+fn burnt_at(phase: Phase) -> Pair {
+    let mut pair = Pair::moving();
+    pair.settle();
+    assert_eq!(pair.phase(1), Phase::Hydrating);
+    pair.cut = true;
+    if phase == Phase::Verified {
+        pair.sites[1].kind = Kind::Filled;
+    }
+    while pair.phase(1) != phase {
+        assert!(pair.wait());
+        pair.settle();
+    }
+    pair
+}
+
+#[test]
+fn a_machine_whose_origin_burnt_with_blocks_missing_can_be_given_up() {
+    for phase in [Phase::Hydrating, Phase::Verified] {
+        let mut pair = burnt_at(phase);
+        let denied = pair.order(1, Order::Remove { force: false });
+        assert!(matches!(denied, Err(Denied::Busy { .. })), "{denied:?}");
+        pair.order(1, Order::Remove { force: true }).expect("the operator says so");
+        pair.settle();
+        assert_eq!((pair.rows[1].state.clone(), pair.sites[1].kind), (State::None, Kind::None), "{phase:?}");
+        assert!(!pair.sites[1].running && why(&pair.rows[1]).is_empty(), "{:?}", why(&pair.rows[1]));
+        // It had not burnt: it is not told that its copy is not needed, and can be reclaimed.
+        pair.cut = false;
+        pair.crash(0, true);
+        pair.settle();
+        assert_eq!(pair.rows[0].state.name(), "sealed", "{}", pair.trace);
+        pair.order(0, Order::Reclaim).expect("it has the only copy");
+        pair.finish();
+        assert_eq!(pair.runner(), 0);
+    }
+}
+
+#[test]
+fn a_machine_that_was_granted_and_never_begun_can_be_given_up() {
+    let mut pair = Pair::new(Some(volume()));
+    pair.fails = Some(|_, effect| {
+        let is_begin = matches!(effect, Effect::Plane(Command::Begin { .. }));
+        is_begin.then(|| fail(FailureCode::Retry, "connection refused"))
+    });
+    pair.move_to(1, 0, 1);
+    pair.settle();
+    assert_eq!(pair.phase(1), Phase::Granted);
+    pair.cut = true;
+    pair.order(1, Order::Remove { force: true }).expect("the operator says so");
+    pair.settle();
+    assert_eq!((pair.rows[1].state.clone(), pair.sites[1].kind), (State::None, Kind::None), "{}", pair.trace);
+}
+
+#[test]
+fn an_origin_that_was_forgotten_and_comes_back_lets_go() {
+    for moved_on in [false, true] {
+        let mut pair = burnt_at(Phase::Verified);
+        pair.order(1, Order::ForgetOrigin).expect("the operator says so");
+        if moved_on {
+            pair.move_to(2, 1, 2);
+            pair.settle();
+        }
+        pair.cut = false;
+        pair.crash(0, true);
+        pair.settle();
+        assert_eq!(pair.rows[0].state.name(), "released", "{}", pair.trace);
+        assert_eq!(pair.runner(), 1);
+    }
+}
+
+#[test]
+fn a_veto_is_cleared_before_and_after_a_move_and_not_in_it() {
+    let seen = || Event::EpochSeen { epoch: Epoch(9), by: worker(2) };
+    let mut pair = Pair::new(Some(volume()));
+    pair.cut = true;
+    pair.move_to(1, 0, 1);
+    pair.feed(0, "gossip", seen()).expect("it is heard");
+    assert!(matches!(pair.order(0, Order::ClearVeto), Err(Denied::Busy { .. })));
+    pair.order(0, Order::Cancel { migration: migration(1) }).expect("it is cancelled");
+    pair.order(0, Order::ClearVeto).expect("a person has looked");
+    assert_eq!(pair.rows[0].state, State::Active { epoch: Epoch(10) });
+    // While the source has not heard yet that nothing of it is needed.
+    let mut pair = burnt_at(Phase::Verified);
+    pair.feed(1, "gossip", seen()).expect("it is heard");
+    pair.order(1, Order::ClearVeto).expect("a person has looked");
+    pair.cut = false;
+    pair.finish();
+    assert_eq!((pair.runner(), pair.phase(1)), (1, Phase::Cleaned), "{}", pair.trace);
+}
+
+#[test]
+fn the_program_of_the_source_is_asked_for_at_the_destination() {
+    let mut pair = Pair::new(Some(volume()));
+    pair.move_to(1, 0, 1);
+    let mut asked = None;
+    let mut said = None;
+    while asked.is_none() {
+        for (.., message) in &pair.net {
+            if let decant_drain::Body::Prepare { .. } = &message.body {
+                said = Some(serde_json::to_value(message).expect("JSON"));
+            }
+        }
+        if let Some(Effect::Machine(MachineCommand::Prepare { program, .. })) = pair.queues[1].front() {
+            asked = Some(program.clone());
+        }
+        assert!(pair.tick(), "{}", pair.trace);
+    }
+    assert_eq!(asked, Some(Some("ab12".to_owned())));
+    // What an agent says that knows nothing of it.
+    let mut said = said.expect("it was said");
+    assert_eq!(said["body"]["program"], "ab12");
+    said["body"].as_object_mut().expect("an object").remove("program");
+    let old: Message = serde_json::from_value(said).expect("it reads");
+    assert!(matches!(old.body, decant_drain::Body::Prepare { program: None, .. }));
+}
+
 #[test]
 fn what_a_person_reads_when_an_order_is_refused() {
     let mut text = String::new();
@@ -738,12 +854,12 @@ fn what_a_person_reads_when_an_order_is_refused() {
     note(pair.order(0, Order::ForgetOrigin));
     pair.move_to(1, 0, 1);
     note(pair.order(0, Order::Move(Box::new(world::move_to(2, 1)))));
-    note(pair.order(0, Order::Remove));
+    note(pair.order(0, Order::Remove { force: false }));
     pair.settle();
     note(pair.order(0, Order::Cancel { migration: migration(1) }));
     note(pair.order(0, Order::Start));
     note(pair.order(1, Order::Move(Box::new(world::move_to(2, 0)))));
-    note(pair.order(1, Order::Remove));
+    note(pair.order(1, Order::Remove { force: false }));
     pair.finish();
     note(pair.order(0, Order::Stop));
     note(pair.order(0, Order::Cancel { migration: migration(1) }));
@@ -765,12 +881,12 @@ fn what_a_person_reads_when_an_order_is_refused() {
         no origin waits for a word from here
         migration m-1 to worker-2 is under way: planned
         it is being moved: cancel migration m-1 first
-        migration m-1 is past its commit point, worker-2 owns the machine: use undo; until there is one, move the machine back once it is verified
+        migration m-1 is past its commit point, worker-2 owns the machine: once it is verified, a move brings the machine back
         worker-1 does not own this machine, which is sealed here: it is being handed to worker-2; ask there
-        this machine is not whole here yet (m-1 from worker-1 is hydrating): wait until it is over
-        it is still being moved here from worker-1: wait until m-1 is over
+        this machine is not whole here yet; m-1 from worker-1 is hydrating: wait until it is over, or, if worker-1 is destroyed, give it up with `decant machine rm orders --with-volume --force`
+        it is still being moved here; m-1 from worker-1 is hydrating: wait until it is over, or, if worker-1 is destroyed, give it up with `decant machine rm orders --with-volume --force`
         worker-1 does not own this machine, which is released here: it went to worker-2; ask there
-        migration m-1 is past its commit point, worker-2 owns the machine: use undo; until there is one, move the machine back once it is verified
+        migration m-1 is past its commit point, worker-2 owns the machine: once it is verified, a move brings the machine back
         migration m-2 is over: ended
         worker-2 sent prepare-ok, which cannot be: it is about other
         worker-3 sent prepare-ok, which cannot be: the other end of m-1 is worker-2

@@ -15,6 +15,7 @@ use std::hash::{BuildHasher, Hash};
 use std::sync::{Arc, Mutex, RwLock};
 
 use decant_base::Epoch;
+use decant_dataplane::{Command, Failure, FailureCode};
 use decant_drain::handoff::State;
 use decant_drain::migration::{Phase, Role};
 use decant_drain::{Body, Desired, Effect, Event, Message, Order, Row, Sync, pending, step};
@@ -45,6 +46,12 @@ struct Scope {
     writes: u8,
     /// Times the operator stops or starts the machine.
     toggles: u8,
+    /// Origins that the operator gives up, destroyed or not.
+    losses: u8,
+    /// Claims of a higher epoch that come from nowhere.
+    claims: u8,
+    /// Times the operator has something tried again.
+    retries: u8,
     stateless: bool,
     /// Whether progress is told.
     news: bool,
@@ -133,6 +140,11 @@ struct World {
     reclaims: u8,
     failures: u8,
     toggles: u8,
+    losses: u8,
+    claims: u8,
+    retries: u8,
+    /// The machine was given up, whole or not.
+    removed: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -162,6 +174,14 @@ enum Action {
     Hydrate(usize),
     /// The operator wants it up, or down.
     Toggle(usize, bool),
+    /// The operator says that the origin is destroyed, which is so or not, and every block is here.
+    ForgetOrigin(usize, bool),
+    /// The origin is destroyed, and the machine is given up.
+    GiveUp(usize),
+    /// Somebody claims a higher epoch.
+    Claim(usize),
+    ClearVeto(usize),
+    Retry(usize),
 }
 
 /// What a step depends on, besides the row.
@@ -176,6 +196,11 @@ enum Cause {
     Cancel,
     Reclaim,
     Toggle(bool),
+    ForgetOrigin,
+    GiveUp,
+    Claim,
+    ClearVeto,
+    Retry,
 }
 
 /// A step by number: the row, whether it is durable, letters sent, effects to perform.
@@ -333,11 +358,18 @@ impl Handoff {
         let number = world.workers[who].queue.remove(0);
         let effect = self.effects.value(number);
         let origin = world.workers.iter().find(|w| w.alive && w.site.kind == Kind::Sealed).map(|w| w.site.version);
+        let is_burnt = world.workers.iter().any(|w| !w.alive);
         let site = &mut world.workers[who].site;
         let stateless = self.scope.stateless;
         let (outcome, event): (u8, Box<dyn FnOnce() -> Event>) = match &*effect {
             Effect::Plane(command) => {
-                let result = site.plane(command, origin);
+                let result = match command {
+                    // Nobody is to blame for beginning on a source that burnt meanwhile.
+                    Command::Begin { .. } if is_burnt && origin.is_none() => {
+                        Err(Failure { code: FailureCode::Retry, message: "it does not answer".to_owned() })
+                    }
+                    command => site.plane(command, origin),
+                };
                 let command = Box::new(command.clone());
                 (result_code(&result), Box::new(|| Event::Plane { command, result: result.map(Box::new) }))
             }
@@ -357,8 +389,7 @@ impl Handoff {
 
     fn refuse(&self, world: &mut World, who: usize) {
         let number = world.workers[who].queue.remove(0);
-        let failure =
-            decant_dataplane::Failure { code: decant_dataplane::FailureCode::Refused, message: "cannot".to_owned() };
+        let failure = Failure { code: FailureCode::Refused, message: "cannot".to_owned() };
         let event = || match &*self.effects.value(number) {
             Effect::Plane(command) => Event::Plane { command: Box::new(command.clone()), result: Err(failure) },
             Effect::Machine(command) => Event::Machine { command: Box::new(command.clone()), result: Err(failure) },
@@ -391,6 +422,49 @@ impl Handoff {
         self.apply(world, who, Cause::Reclaim, || Event::Order(Order::Reclaim), Crash::No);
     }
 
+    /// The source of the migration that `who` is the destination of is destroyed.
+    fn destroy_source(&self, world: &mut World, who: usize) {
+        let peer = self.row(world.workers[who].mem).migration.as_ref().map(|migration| index_of(&migration.peer));
+        let Some(lost) = peer else { return };
+        self.crash(world, lost, Crash::Power);
+        world.workers[lost].alive = false;
+        world.workers[lost].site = Site::default();
+        world.crashes -= 1;
+    }
+
+    /// What the operator says about origins, claims and what is stuck; false if it is denied.
+    fn operate(&self, world: &mut World, action: Action) -> bool {
+        match action {
+            Action::ForgetOrigin(who, destroyed) => {
+                world.losses += 1;
+                if destroyed {
+                    self.destroy_source(world, who);
+                }
+                self.apply(world, who, Cause::ForgetOrigin, || Event::Order(Order::ForgetOrigin), Crash::No)
+            }
+            Action::GiveUp(who) => {
+                world.losses += 1;
+                self.destroy_source(world, who);
+                (world.removed, world.acknowledged) = (true, 0);
+                let event = || Event::Order(Order::Remove { force: true });
+                self.apply(world, who, Cause::GiveUp, event, Crash::No)
+            }
+            Action::Claim(who) => {
+                world.claims += 1;
+                let event = || Event::EpochSeen { epoch: Epoch(9), by: worker(2) };
+                self.apply(world, who, Cause::Claim, event, Crash::No)
+            }
+            Action::ClearVeto(who) => {
+                self.apply(world, who, Cause::ClearVeto, || Event::Order(Order::ClearVeto), Crash::No)
+            }
+            Action::Retry(who) => {
+                world.retries += 1;
+                self.apply(world, who, Cause::Retry, || Event::Order(Order::Retry), Crash::No)
+            }
+            _ => false,
+        }
+    }
+
     fn row(&self, number: u32) -> Arc<Row> {
         self.rows.value(number)
     }
@@ -405,6 +479,10 @@ impl Handoff {
             let row = self.row(w.disk);
             row.state.owned().is_some() && w.site.running == (self.row(w.mem).desired == Desired::Running)
         };
+        if world.removed {
+            let is_gone = |w: &WorkerState| self.row(w.disk).state.owned().is_none() && w.site.kind == Kind::None;
+            return idle && alive().all(|w| !w.site.running && is_gone(w));
+        }
         idle && alive().filter(is_as_desired).count() == 1 && alive().all(|w| !w.site.running || is_as_desired(&w))
     }
 
@@ -413,10 +491,10 @@ impl Handoff {
     }
 }
 
-fn result_code<T>(result: &Result<T, decant_dataplane::Failure>) -> u8 {
+fn result_code<T>(result: &Result<T, Failure>) -> u8 {
     match result {
         Ok(_) => 0,
-        Err(failure) if failure.code == decant_dataplane::FailureCode::Refused => 1,
+        Err(failure) if failure.code == FailureCode::Refused => 1,
         Err(_) => 2,
     }
 }
@@ -454,6 +532,10 @@ impl Model for Handoff {
             reclaims: 0,
             failures: 0,
             toggles: 0,
+            losses: 0,
+            claims: 0,
+            retries: 0,
+            removed: false,
         }]
     }
 
@@ -538,6 +620,11 @@ impl Model for Handoff {
                 world.workers[who].site.version += 1;
             }
             Action::Hydrate(who) => world.workers[who].site.kind = Kind::Filled,
+            _ => {
+                if !self.operate(&mut world, action) {
+                    return None;
+                }
+            }
         }
         if world == *last {
             return None;
@@ -571,7 +658,7 @@ impl Model for Handoff {
                 world.workers.iter().all(|w| !w.site.wrong)
             }),
             Property::always("every acknowledged block is readable by the owner", |model: &Self, world: &World| {
-                model.scope.stateless || model.is_readable(world)
+                model.scope.stateless || world.removed || model.is_readable(world)
             }),
         ]
     }
@@ -622,6 +709,29 @@ impl Handoff {
         }
         if matches!(row.state, State::Sealed { .. }) && world.reclaims < self.scope.reclaims {
             actions.push(Action::Reclaim(who));
+        }
+        self.words_of_an_operator(world, who, &row, actions);
+    }
+
+    /// Origins given up, claims cleared, retries.
+    fn words_of_an_operator(&self, world: &World, who: usize, row: &Row, actions: &mut Vec<Action>) {
+        let phase = row.migration.as_ref().filter(|m| m.role == Role::Destination).map(|m| m.phase);
+        if world.losses < self.scope.losses && matches!(row.state, State::Active { .. }) {
+            if phase == Some(Phase::Verified) {
+                actions.extend([Action::ForgetOrigin(who, false), Action::ForgetOrigin(who, true)]);
+            }
+            if phase.is_some_and(|phase| (Phase::Granted..=Phase::Verified).contains(&phase)) {
+                actions.push(Action::GiveUp(who));
+            }
+        }
+        if world.claims < self.scope.claims && row.state.owned().is_some() {
+            actions.push(Action::Claim(who));
+        }
+        if row.veto.is_some() && matches!(row.state, State::Active { .. }) {
+            actions.push(Action::ClearVeto(who));
+        }
+        if world.retries < self.scope.retries {
+            actions.push(Action::Retry(who));
         }
     }
 
@@ -742,6 +852,9 @@ const QUIET: Scope = Scope {
     failures: 0,
     writes: 0,
     toggles: 0,
+    losses: 0,
+    claims: 0,
+    retries: 0,
     stateless: false,
     news: false,
 };
@@ -778,6 +891,22 @@ fn a_stateless_move() {
     hold("a stateless move, a crash, a cancel, a failure", scope);
 }
 
+#[test]
+fn one_move_whose_origin_is_given_up() {
+    hold("one move, a lost origin, a crash", Scope { losses: 1, crashes: 1, writes: 1, ..QUIET });
+    hold("a stateless move, a lost origin, a crash", Scope { losses: 1, crashes: 1, stateless: true, ..QUIET });
+}
+
+#[test]
+fn one_move_with_a_claim_that_is_cleared() {
+    hold("one move, a claim, a cancel", Scope { claims: 1, cancels: 1, writes: 1, ..QUIET });
+}
+
+#[test]
+fn one_move_with_a_retry() {
+    hold("one move, a retry, a crash, a cancel", Scope { retries: 1, crashes: 1, cancels: 1, ..QUIET });
+}
+
 /// Explores only with `DECANT_TEST_SCALE=2` or more: minutes each.
 fn hold_wide(name: &str, scope: Scope) {
     if scale() < 2 {
@@ -793,6 +922,12 @@ fn wide_everything_once() {
         "everything once",
         Scope { crashes: 1, cancels: 1, failures: 1, reclaims: 1, writes: 2, news: true, ..QUIET },
     );
+}
+
+#[test]
+fn wide_every_word_of_an_operator() {
+    let scope = Scope { losses: 1, claims: 1, retries: 1, crashes: 1, cancels: 1, writes: 1, ..QUIET };
+    hold_wide("a lost origin, a claim, a retry, a crash, a cancel", scope);
 }
 
 #[test]

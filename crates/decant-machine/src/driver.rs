@@ -185,6 +185,12 @@ impl ProcessDriver {
         self.digests.of(&check::check(spec).map_err(unfit)?).map_err(unfit)
     }
 
+    /// SHA-256, hex, of the program that the machine was started from, which may since have been replaced; of the one it
+    /// would start if it is down.
+    pub fn started_from(&self, spec: &MachineSpec) -> Result<String, MachineError> {
+        steps::started_from(self, spec)
+    }
+
     /// Does everything slow: shim, cgroups, namespaces, root. The machine then waits for [`ProcessDriver::start`].
     ///
     /// # Errors

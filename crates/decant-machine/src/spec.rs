@@ -50,6 +50,9 @@ pub struct MachineSpec {
     /// Machines of one group are not drained at the same time.
     #[serde(default)]
     pub group: Option<String>,
+    /// Labels that a worker must have to be chosen for it; workers that know nothing of them never see an empty map.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub needs: BTreeMap<String, String>,
 }
 
 /// What a machine may use of its host. Where a cgroup2 controller is not delegated, its limit does not hold and the driver says so.

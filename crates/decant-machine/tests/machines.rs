@@ -275,7 +275,8 @@ fn what_cannot_be_made_or_mounted_is_an_error_that_says_so() {
     };
     let plain = spec("orders", &["/bin/sleep", "1000"]);
     let text = refused(plain.clone(), Some("00"));
-    assert!(text.contains("its program differs: SHA-256"), "{text}");
+    assert!(text.contains("its program /bin/sleep is another one than where it runs: SHA-256"), "{text}");
+    assert!(text.ends_with("install the same version here, or let any do (--any-program)"), "{text}");
     // The host has it; the machine's root leads nowhere.
     std::os::unix::fs::symlink("/bin/sleep", fixture.path("tool")).expect("a link");
     std::fs::create_dir(fixture.path("tools")).expect("a directory");
@@ -378,4 +379,25 @@ fn a_write_back_that_fails_is_told_by_a_stop_and_taken_by_a_kill() {
     assert_eq!(fixture.driver.kill(&spec.id, PATIENCE).expect("as after a power cut"), Change::Unchanged);
     drop(volume);
     run(&["umount", "-l", &small]);
+}
+
+#[test]
+fn the_program_is_the_one_it_was_started_from_until_it_is_started_again() {
+    let Some(fixture) = Fixture::new("program") else { return };
+    let program = fixture.path("program");
+    std::fs::copy("/bin/sleep", &program).expect("a program");
+    let spec = fixture::with(spec("orders", &["/opt/program", "1000"]), |spec| {
+        spec["binds"] = serde_json::json!([{"source": program, "target": "/opt/program"}]);
+    });
+    let old = fixture.driver.started_from(&spec).expect("what it would start");
+    fixture.start(&spec, None);
+    // As an upgrade does it: another file under the same name.
+    let next = fixture.path("next");
+    let upgraded = [std::fs::read(&program).expect("read"), b"version 2".to_vec()].concat();
+    std::fs::write(&next, upgraded).expect("written");
+    std::fs::set_permissions(&next, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("set");
+    std::fs::rename(&next, &program).expect("replaced");
+    assert_eq!(fixture.driver.started_from(&spec).expect("what runs"), old);
+    fixture.driver.stop(&spec.id, PATIENCE).expect("stopped");
+    assert_ne!(fixture.driver.started_from(&spec).expect("what it would start"), old);
 }

@@ -1,86 +1,13 @@
 //! The command line from outside: what it parses, what it prints, how it exits, against an agent of canned answers.
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
-use std::process::{Command, Output};
-use std::sync::{Arc, Mutex};
+mod canned;
 
+use std::io::{BufRead, BufReader};
+
+use canned::{Canned, check, decant, ok};
 use decant_api::{Blocker, Code, Drain, DrainMachine, DrainPhase, ErrorBody, Eta, Listing, Worker, WorkerState};
 use decant_base::{DrainId, MachineId, WorkerId};
-use expect_test::{Expect, expect};
-use serde::Serialize;
-
-/// An agent that gives the same answers in order to whoever asks, and remembers what was asked.
-struct Canned {
-    directory: tempfile::TempDir,
-    asked: Arc<Mutex<Vec<String>>>,
-}
-
-impl Canned {
-    fn new(answers: Vec<(u16, String)>) -> Self {
-        let directory = tempfile::tempdir().expect("a temporary directory");
-        let listener = UnixListener::bind(directory.path().join("agent.sock")).expect("a socket");
-        let asked = Arc::new(Mutex::new(Vec::new()));
-        let heard = Arc::clone(&asked);
-        std::thread::spawn(move || {
-            let mut answers = answers.into_iter();
-            while let Ok((stream, _)) = listener.accept() {
-                serve(stream, &mut answers, &heard);
-            }
-        });
-        Self { directory, asked }
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.directory.path().join("agent.sock")
-    }
-
-    fn asked(&self) -> Vec<String> {
-        self.asked.lock().expect("no panic").clone()
-    }
-
-    fn run(&self, arguments: &[&str]) -> Output {
-        decant().arg("--socket").arg(self.socket()).args(arguments).output().expect("decant runs")
-    }
-}
-
-fn serve(stream: UnixStream, answers: &mut impl Iterator<Item = (u16, String)>, asked: &Mutex<Vec<String>>) {
-    let mut reader = BufReader::new(stream);
-    loop {
-        let (mut line, mut length) = (String::new(), 0);
-        if reader.read_line(&mut line).unwrap_or(0) == 0 {
-            return;
-        }
-        let first = line.trim().trim_end_matches(" HTTP/1.1").to_owned();
-        loop {
-            line.clear();
-            reader.read_line(&mut line).expect("a header");
-            if let Some(value) = line.strip_prefix("Content-Length: ") {
-                length = value.trim().parse().expect("a length");
-            }
-            if line.trim().is_empty() {
-                break;
-            }
-        }
-        let mut body = vec![0; length];
-        reader.read_exact(&mut body).expect("a body");
-        asked.lock().expect("no panic").push(format!("{first} {}", String::from_utf8_lossy(&body)).trim().to_owned());
-        let Some((status, text)) = answers.next() else { return };
-        write!(reader.get_mut(), "HTTP/1.1 {status} X\r\nContent-Length: {}\r\n\r\n{text}", text.len())
-            .expect("it is read");
-    }
-}
-
-fn decant() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_decant"));
-    command.env_remove("DECANT_SOCKET");
-    command
-}
-
-fn ok(value: &impl Serialize) -> (u16, String) {
-    (200, serde_json::to_string(value).expect("it is JSON"))
-}
+use expect_test::expect;
 
 fn drain(phase: DrainPhase, done: u64) -> Drain {
     let moving = DrainMachine {
@@ -99,6 +26,7 @@ fn drain(phase: DrainPhase, done: u64) -> Drain {
         workers: vec![WorkerId::new("worker-1").expect("an id")],
         reason: "disk".into(),
         phase,
+        max: 2,
         started_at_ms: 0,
         evacuated_ms: (phase == DrainPhase::Drained).then_some(140),
         drained_ms: (phase == DrainPhase::Drained).then_some(2_100),
@@ -109,14 +37,8 @@ fn drain(phase: DrainPhase, done: u64) -> Drain {
         bytes_done: done << 20,
         exposure_bytes: (200 - done) << 20,
         rate_bytes_per_s: 100 << 20,
-        eta: Some(Eta { low_ms: 900, high_ms: 2_000 }),
+        eta: Some(Eta { low_ms: 900, high_ms: 2_000, assumed: false }),
     }
-}
-
-fn check(output: &Output, code: i32, stdout: Expect, stderr: Expect) {
-    stdout.assert_eq(&String::from_utf8_lossy(&output.stdout));
-    stderr.assert_eq(&String::from_utf8_lossy(&output.stderr));
-    assert_eq!(output.status.code(), Some(code), "{output:?}");
 }
 
 #[test]
@@ -164,6 +86,14 @@ fn each_end_of_a_drain_has_its_exit_status() {
     let output = agent.run(&["drain", "worker-1", "--detach"]);
     assert_eq!(output.status.code(), Some(6));
     assert!(String::from_utf8_lossy(&output.stderr).contains("decant drain watch drain-1"), "{output:?}");
+    let agent = Canned::new(vec![ok(&drain(DrainPhase::Moving, 0))]);
+    let output = agent.run(&["drain", "worker-1", "--detach", "-o", "json"]);
+    assert_eq!(output.status.code(), Some(6));
+    serde_json::from_slice::<Drain>(&output.stdout).expect("the drain as it was answered");
+    expect![[r#"
+        {"detached":true,"watch":"decant drain watch drain-1"}
+    "#]]
+    .assert_eq(&String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]
@@ -245,6 +175,11 @@ fn a_command_line_that_makes_no_sense_exits_with_2() {
         &["volume", "create", "v", "--size", "4GiB", "--sector-size", "1024"],
         &["machine", "run", "m"],
         &["machine", "run", "m", "--bind", "relative", "--", "/bin/true"],
+        &["machine", "run", "m", "--stop-signal", "32", "--", "/bin/true"],
+        &["machine", "run", "m", "--needs", "nvme", "--", "/bin/true"],
+        &["drain", "set", "drain-1"],
+        &["drain", "set", "drain-1", "--max", "0"],
+        &["machine", "clear-veto"],
         &["frobnicate"],
     ] {
         let output = decant().args(arguments).output().expect("decant runs");

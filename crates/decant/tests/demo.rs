@@ -103,6 +103,13 @@ fn a_lost_source_is_never_read_as_zeros() {
     assert!(report["missing_bytes"].as_u64() > Some(0), "{report}");
     assert_eq!(report["cases"][0]["policy"], "wait");
     assert_eq!(report["cases"][1]["policy"], "eio");
+    // Where they are, and no more than there are.
+    let ranges = report["missing_ranges"].as_array().expect("a list");
+    let sum: u64 = ranges.iter().map(|range| range["bytes"].as_u64().unwrap_or(0)).sum();
+    assert!(sum > 0 && Some(sum) <= report["missing_bytes"].as_u64(), "{report}");
+    assert!(ranges.iter().all(|range| range["start"].as_u64().is_some_and(|at| at < 256 << 20)), "{report}");
+    // A machine that never gets whole is not there for ever.
+    assert_eq!((&report["stopped"], &report["removed"]), (&true.into(), &true.into()));
 }
 
 #[test]
@@ -112,9 +119,62 @@ fn a_lost_destination_costs_what_was_written_since_the_seal() {
         return;
     }
     let directory = tempfile::tempdir_in("/var/tmp").expect("a temporary directory");
-    let (_, report) = run(directory.path(), &["--lose-destination"]);
+    let (output, report) = run(directory.path(), &["--lose-destination", "-o", "json"]);
+    let shown: Value = serde_json::from_slice(&output.stdout).expect("the output is the report and nothing else");
+    assert_eq!(shown, report);
     assert_eq!(report["writes_lost_before_seal"], 0);
     assert!(report["writes_lost"].as_u64() > Some(0), "{report}");
+}
+
+#[test]
+fn a_comparison_loses_nothing_by_the_clone_and_writes_by_the_copy_of_what_runs() {
+    let _alone = alone();
+    if !can_run("a_comparison_loses_nothing_by_the_clone_and_writes_by_the_copy_of_what_runs") {
+        return;
+    }
+    let directory = tempfile::tempdir_in("/var/tmp").expect("a temporary directory");
+    let (_, report) = run(directory.path(), &["--compare"]);
+    for order in ["kill_clone_boot", "kill_copy_boot"] {
+        assert_eq!((&report[order]["writes_lost"], &report[order]["writes_duplicated"]), (&0.into(), &0.into()));
+        assert!(report[order]["writes_acknowledged"].as_u64() > Some(0), "{report}");
+    }
+    assert!(report["copy_boot_kill"]["writes_lost"].as_u64() > Some(0), "{report}");
+}
+
+#[test]
+fn what_is_kept_can_be_used_and_removed() {
+    let _alone = alone();
+    if !can_run("what_is_kept_can_be_used_and_removed") {
+        return;
+    }
+    let directory = tempfile::tempdir_in("/var/tmp").expect("a temporary directory");
+    let output = demo(directory.path(), &["--keep", "-o", "json"]).output().expect("decant runs");
+    let shown = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{output:?}");
+    let report: Value = serde_json::from_slice(&output.stdout).expect("the output is the report and nothing else");
+    assert_eq!(report["writes_lost"], 0);
+    let word = |after: &str| {
+        let rest = shown.split_once(after).unwrap_or_else(|| panic!("{after:?} in {shown}")).1;
+        rest.split_whitespace().next().expect("a word").to_owned()
+    };
+    // As the demo says it: the socket in the environment, then the removal.
+    let (socket, kept) = (word("DECANT_SOCKET="), word("demo --clean "));
+    let list = decant().env("DECANT_SOCKET", &socket).args(["machine", "list", "-o", "json"]).output();
+    let list: Value = serde_json::from_slice(&list.expect("decant runs").stdout).expect("JSON");
+    assert!(
+        list["items"].as_array().is_some_and(|items| items.iter().any(|item| item["machine"] == "orders")),
+        "{list}"
+    );
+    let clean = || decant().env("DECANT_SOCKET", &socket).args(["demo", "--clean", &kept, "-o", "json"]).output();
+    let cleaned = clean().expect("decant runs");
+    assert!(cleaned.status.success(), "{cleaned:?}");
+    let removed: Value = serde_json::from_slice(&cleaned.stdout).expect("JSON");
+    assert_eq!(removed["removed"].as_str(), Some(kept.as_str()));
+    nothing_is_left(directory.path());
+    let again = clean().expect("decant runs");
+    assert_eq!(again.status.code(), Some(1), "it is gone: {again:?}");
+    let body: Value = serde_json::from_slice(&again.stderr).expect("with -o json a failure is JSON");
+    assert!(body["cause"].as_str().is_some_and(|cause| cause.contains("there is no demo called")), "{body}");
 }
 
 #[test]

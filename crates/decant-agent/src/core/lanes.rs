@@ -55,7 +55,9 @@ impl World {
 
     fn perform_machine(&self, command: &MachineCommand, about: &About) -> Result<(), Failure> {
         guarded(|| match command {
-            MachineCommand::Prepare { spec, .. } => self.machines.prepare(&read_spec(spec)?, about.claim),
+            MachineCommand::Prepare { spec, program, .. } => {
+                self.machines.prepare(&read_spec(spec)?, about.claim, program.as_deref())
+            }
             MachineCommand::Start { epoch, spec, device, .. } => {
                 self.machines.start(&read_spec(spec)?, *epoch, device.as_deref())
             }

@@ -118,7 +118,7 @@ pub(super) fn word(event: &Event) -> String {
             Order::Run { .. } => "run",
             Order::Start => "start",
             Order::Stop => "stop",
-            Order::Remove => "remove",
+            Order::Remove { .. } => "remove",
             Order::Move(_) => "move",
             Order::Cancel { .. } => "cancel",
             Order::Reclaim => "reclaim",

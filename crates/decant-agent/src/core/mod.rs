@@ -34,7 +34,7 @@ pub(crate) enum Input {
     /// Something happened to a machine.
     Machine { machine: MachineId, event: Box<Event>, reply: Option<oneshot::Sender<Result<Arc<Row>, Refusal>>> },
     /// Something happened to a drain of this worker.
-    Drain { drain: DrainId, event: Box<DrainEvent> },
+    Drain { drain: DrainId, event: Box<DrainEvent>, reply: Option<oneshot::Sender<Result<(), Refusal>>> },
     /// A drain of this worker is ordered; one that is known is left as it is.
     StartDrain { order: Box<DrainOrder>, reply: oneshot::Sender<Result<Arc<DrainRow>, Refusal>> },
     /// The worker is cordoned, or not.
@@ -113,6 +113,18 @@ impl Core {
     pub(crate) async fn step(&self, machine: &MachineId, event: Event) -> Result<Arc<Row>, Refusal> {
         let (reply, answer) = oneshot::channel();
         self.tell(Input::Machine { machine: machine.clone(), event: Box::new(event), reply: Some(reply) });
+        answer.await.unwrap_or_else(|_| Err(ended()))
+    }
+
+    /// Something happened to a drain of this worker; nobody waits for what came of it.
+    pub(crate) fn drain_event(&self, drain: &DrainId, event: DrainEvent) {
+        self.tell(Input::Drain { drain: drain.clone(), event: Box::new(event), reply: None });
+    }
+
+    /// Steps `event` of a drain of this worker and waits until it is committed.
+    pub(crate) async fn drain(&self, drain: &DrainId, event: DrainEvent) -> Result<(), Refusal> {
+        let (reply, answer) = oneshot::channel();
+        self.tell(Input::Drain { drain: drain.clone(), event: Box::new(event), reply: Some(reply) });
         answer.await.unwrap_or_else(|_| Err(ended()))
     }
 

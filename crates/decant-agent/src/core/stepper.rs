@@ -53,7 +53,7 @@ pub(crate) fn start(parts: Parts) -> std::io::Result<(Core, JoinHandle<()>)> {
         core.event(&row.machine, Event::Restarted);
     }
     for row in parts.rows.drains() {
-        core.tell(Input::Drain { drain: row.order.drain.clone(), event: Box::new(DrainEvent::Restarted) });
+        core.drain_event(&row.order.drain, DrainEvent::Restarted);
     }
     let mut lanes = Lanes::new(parts.world.clone(), core.clone());
     for machine in &parts.survivors {
@@ -105,7 +105,14 @@ impl Stepper {
     fn take(&mut self, input: Input) -> Result<(), Dead> {
         match input {
             Input::Machine { machine, event, reply } => self.machine(&machine, *event, reply),
-            Input::Drain { drain, event } => self.drain(&drain, *event),
+            Input::Drain { drain, event, reply } => {
+                self.drain(&drain, *event)?;
+                // One whose journal failed is dropped, and its asker learns that the agent is ending.
+                reply.map_or(Ok(()), |reply| {
+                    let _ = reply.send(Ok(()));
+                    Ok(())
+                })
+            }
             Input::StartDrain { order, reply } => self.start_drain(*order, reply),
             Input::Cordon { cordon, reply } => self.cordon(cordon, reply),
             Input::Note(entry) => self.note(*entry),

@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use axum::{Extension, Json};
 use decant_api as api;
-use decant_api::{Code, CreateDrain, Drain, DrainPhase, Empty, Listing};
+use decant_api::{Code, CreateDrain, Drain, DrainPhase, DrainSettings, Empty, Listing};
 use decant_base::{DrainId, MigrationId, WorkerId};
 use decant_drain::drain::{DrainEvent, DrainOrder, DrainRow, DrainState};
 use decant_drain::plan::{Plan, Wishes, plan};
 
 use crate::agent::Agent;
-use crate::core::{Input, new_drain_id};
+use crate::core::new_drain_id;
 use crate::errands::survey;
 use crate::server::extract::{Body, Id};
 use crate::server::fail::Fail;
@@ -77,6 +77,7 @@ pub(super) async fn create(agent: Shared, Body(request): Body<CreateDrain>) -> R
         limits: limits(&agent.config),
         protocol: request.protocol,
         partial: request.partial,
+        any_program: request.any_program,
     };
     if request.plan_only {
         return Ok(Json(planned(&agent, order, now_ms).await));
@@ -92,9 +93,7 @@ fn check(agent: &Agent, request: &CreateDrain, workers: &BTreeSet<WorkerId>) -> 
     if workers.is_empty() {
         return Err(Fail::invalid("no worker is named", "name at least one worker to drain"));
     }
-    if request.max == Some(0) {
-        return Err(Fail::invalid("0 machines at a time never end", "let at least 1 move at a time"));
-    }
+    check_max(request.max)?;
     for worker in workers.iter().chain(&request.to) {
         if agent.config.index_of(worker).is_none() {
             return Err(Fail::not_found("worker", worker, "name a worker that `decant worker list` shows"));
@@ -146,15 +145,74 @@ pub(super) async fn cancel(
 ) -> Result<Json<Drain>, Fail> {
     let (rows, _) = rows(&agent, &caller).await;
     let rows = rows.get(&drain).ok_or_else(|| unknown(&drain))?;
-    for row in rows {
+    let path = decant_api::path::cancel_drain(&drain);
+    tell_all(&agent, rows, DrainEvent::Cancel, &path, &request).await?;
+    show(agent, Extension(caller), Id(drain)).await
+}
+
+/// Tells every worker on which the drain is not over; whether it matters there is for its own row to say.
+async fn tell_all(
+    agent: &Agent,
+    rows: &[DrainRow],
+    event: DrainEvent,
+    path: &str,
+    request: &impl serde::Serialize,
+) -> Result<(), Fail> {
+    for row in rows.iter().filter(|row| !row.state.is_over()) {
         if row.worker == agent.config.worker {
-            agent.core.tell(Input::Drain { drain: drain.clone(), event: Box::new(DrainEvent::Cancel) });
+            agent.core.drain(&row.order.drain, event.clone()).await?;
         } else if let Some(peer) = agent.peers.get(&row.worker) {
-            let path = decant_api::path::cancel_drain(&drain);
-            peer.client.post::<Drain>(&path, &request).await.map_err(peer_error)?;
+            peer.client.post::<Drain>(path, request).await.map_err(peer_error)?;
         }
     }
+    Ok(())
+}
+
+fn refuse_if_over(drain: &DrainId, rows: &[DrainRow]) -> Result<(), Fail> {
+    let Some(state) = rows.iter().all(|row| row.state.is_over()).then(|| rows.first().map(|row| row.state)).flatten()
+    else {
+        return Ok(());
+    };
+    let cause = format!("{drain} is {}", state.name());
+    Err(Fail::new(Code::Conflict, "drain is over", cause, "order a new one with `decant drain WORKER`"))
+}
+
+pub(super) async fn resume(
+    agent: Shared,
+    Extension(caller): Extension<Caller>,
+    Id(drain): Id<DrainId>,
+    Body(request): Body<Empty>,
+) -> Result<Json<Drain>, Fail> {
+    let (rows, _) = rows(&agent, &caller).await;
+    let rows = rows.get(&drain).ok_or_else(|| unknown(&drain))?;
+    refuse_if_over(&drain, rows)?;
+    let path = decant_api::path::resume_drain(&drain);
+    tell_all(&agent, rows, DrainEvent::Resume, &path, &request).await?;
     show(agent, Extension(caller), Id(drain)).await
+}
+
+pub(super) async fn settings(
+    agent: Shared,
+    Extension(caller): Extension<Caller>,
+    Id(drain): Id<DrainId>,
+    Body(request): Body<DrainSettings>,
+) -> Result<Json<Drain>, Fail> {
+    check_max(request.max)?;
+    let (rows, _) = rows(&agent, &caller).await;
+    let rows = rows.get(&drain).ok_or_else(|| unknown(&drain))?;
+    refuse_if_over(&drain, rows)?;
+    if let Some(max) = request.max {
+        let path = decant_api::path::drain_settings(&drain);
+        tell_all(&agent, rows, DrainEvent::Max(max), &path, &request).await?;
+    }
+    show(agent, Extension(caller), Id(drain)).await
+}
+
+fn check_max(max: Option<u32>) -> Result<(), Fail> {
+    match max {
+        Some(0) => Err(Fail::invalid("0 machines at a time never end", "let at least 1 move at a time")),
+        _ => Ok(()),
+    }
 }
 
 /// One drain, from the rows of those of its workers that answered.
@@ -177,6 +235,7 @@ fn view_of(rows: &[DrainRow], migrations: &Migrations) -> Drain {
         workers: first.order.workers.clone(),
         reason: first.order.reason.clone(),
         phase,
+        max: first.order.max,
         started_at_ms,
         evacuated_ms: reached(&[DrainState::Evacuated, DrainState::Drained]),
         drained_ms: reached(&[DrainState::Drained]),
@@ -224,13 +283,14 @@ fn machines_of(row: &DrainRow, migrations: &Migrations) -> Vec<api::DrainMachine
         .machines
         .iter()
         .map(|(machine, state)| {
-            planned.remove(machine);
+            let planned = planned.remove(machine);
             let seen = state.migration.as_ref().and_then(|migration| migrations.get(migration));
             let progress = seen.and_then(|migration| migration.progress).unwrap_or_default();
             let failed = (!state.reason.is_empty()).then(|| api::Why {
                 reason: state.reason.clone(),
                 since_at_ms: 0,
                 retry_at_ms: state.retry_ms,
+                attempts: state.failures,
                 clears: "the next try succeeds, or the drain is cancelled".to_owned(),
             });
             api::DrainMachine {
@@ -239,6 +299,7 @@ fn machines_of(row: &DrainRow, migrations: &Migrations) -> Vec<api::DrainMachine
                     source: row.worker.clone(),
                     destination: state.to.clone(),
                     bytes: state.bytes,
+                    eta: planned.and_then(|planned| planned.eta),
                 }),
                 migration: state.migration.clone(),
                 phase: seen.map(|migration| migration.phase),
@@ -269,7 +330,8 @@ fn planned_moves(plan: &Plan) -> BTreeMap<decant_base::MachineId, api::PlannedMo
         .iter()
         .map(|planned| {
             let (source, destination) = (planned.from.clone(), planned.to.clone());
-            (planned.machine.clone(), api::PlannedMove { source, destination, bytes: planned.bytes })
+            let eta = range(planned.eta, plan.eta_is_assumed);
+            (planned.machine.clone(), api::PlannedMove { source, destination, bytes: planned.bytes, eta })
         })
         .collect()
 }
@@ -295,6 +357,11 @@ fn blockers_of(row: &DrainRow) -> Vec<api::Blocker> {
     blockers.chain(waits).collect()
 }
 
+fn range(eta: decant_drain::progress::Eta, assumed: bool) -> Option<api::Eta> {
+    let (low_ms, high_ms) = eta.earliest_ms.zip(eta.latest_ms)?;
+    Some(api::Eta { low_ms, high_ms, assumed })
+}
+
 /// The slowest machine decides.
 fn eta(
     rows: &[DrainRow],
@@ -303,15 +370,16 @@ fn eta(
     phase: DrainPhase,
 ) -> Option<api::Eta> {
     if phase == DrainPhase::Planned || rows.iter().all(|row| row.machines.is_empty()) {
-        let all = rows.iter().map(|row| row.plan.eta.earliest_ms.zip(row.plan.eta.latest_ms));
-        let all: Option<Vec<(u64, u64)>> = all.collect();
-        let all = all?;
-        let (low_ms, high_ms) = (all.iter().map(|eta| eta.0).max()?, all.iter().map(|eta| eta.1).max()?);
-        return Some(api::Eta { low_ms, high_ms });
+        let all: Option<Vec<api::Eta>> = rows.iter().map(|row| range(row.plan.eta, row.plan.eta_is_assumed)).collect();
+        return slowest(&all?);
     }
     let running = machines.iter().filter_map(|machine| machine.migration.as_ref()).filter_map(|id| migrations.get(id));
     let etas: Vec<api::Eta> = running.filter_map(|migration| migration.progress?.eta).collect();
+    slowest(&etas)
+}
+
+fn slowest(etas: &[api::Eta]) -> Option<api::Eta> {
     let low_ms = etas.iter().map(|eta| eta.low_ms).max()?;
     let high_ms = etas.iter().map(|eta| eta.high_ms).max()?;
-    Some(api::Eta { low_ms, high_ms })
+    Some(api::Eta { low_ms, high_ms, assumed: etas.iter().any(|eta| eta.assumed) })
 }

@@ -78,9 +78,11 @@ impl From<Denied> for Fail {
             }
             Denied::Busy { .. } => (Code::Conflict, "machine is busy", "wait until that is over, or cancel it"),
             Denied::Over { .. } => (Code::Conflict, "migration is over", "nothing is left to do"),
-            Denied::UseUndo { .. } => {
-                (Code::TooLate, "too late to cancel", "move the machine back once its volume is whole")
-            }
+            Denied::TooLate { .. } => (
+                Code::TooLate,
+                "too late to cancel",
+                "watch it with `decant migration watch`, then bring the machine back with `decant machine move`",
+            ),
             Denied::Unknown { .. } => (Code::NotFound, "migration not found", "list them with `decant migration list`"),
             Denied::Senseless { .. } => {
                 (Code::Conflict, "not possible now", "look at the machine with `decant machine show`")
@@ -122,7 +124,7 @@ mod tests {
             Denied::Exists { state: "active".to_owned() },
             Denied::Busy { reason: "migration m-0 is under way".to_owned() },
             Denied::Over { migration: migration(), phase: "cleaned".to_owned() },
-            Denied::UseUndo { migration: migration(), to: worker() },
+            Denied::TooLate { migration: migration(), to: worker() },
             Denied::Unknown { migration: migration() },
             Denied::Senseless { reason: "it is stopped already".to_owned() },
             Denied::Unawaited,
@@ -135,7 +137,7 @@ mod tests {
             409 {"code":"exists","name":"machine exists","cause":"this machine is here already (active): choose another name, or remove it first","fix":"choose another name, or remove the machine first"}
             409 {"code":"conflict","name":"machine is busy","cause":"migration m-0 is under way","fix":"wait until that is over, or cancel it"}
             409 {"code":"conflict","name":"migration is over","cause":"migration m-1 is over: cleaned","fix":"nothing is left to do"}
-            409 {"code":"too_late","name":"too late to cancel","cause":"migration m-1 is past its commit point, worker-2 owns the machine: use undo; until there is one, move the machine back once it is verified","fix":"move the machine back once its volume is whole"}
+            409 {"code":"too_late","name":"too late to cancel","cause":"migration m-1 is past its commit point, worker-2 owns the machine: once it is verified, a move brings the machine back","fix":"watch it with `decant migration watch`, then bring the machine back with `decant machine move`"}
             404 {"code":"not_found","name":"migration not found","cause":"no migration m-1 of this machine is known here","fix":"list them with `decant migration list`"}
             409 {"code":"conflict","name":"not possible now","cause":"it is stopped already","fix":"look at the machine with `decant machine show`"}
             409 {"code":"conflict","name":"not awaited","cause":"nobody waits for this outcome","fix":"nothing is left to do"}

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use axum::{Extension, Json};
-use decant_api::{Code, Empty, Listing, Logs, Machine, Reclaim, Reclaimed, Route, RouteState, RunMachine};
+use decant_api::{Code, Empty, Listing, Logs, Machine, Route, RouteState, RunMachine};
 use decant_base::{Epoch, MachineId, WorkerId};
 use decant_drain::{Event, Order, Row};
 use decant_machine::MachineSpec;
@@ -174,12 +174,12 @@ fn address_index(agent: &Agent, spec: &MachineSpec, rows: &[std::sync::Arc<Row>]
     Ok(last + 1)
 }
 
-async fn answer(agent: &Agent, row: &Row) -> Result<Json<Machine>, Fail> {
+pub(super) async fn answer(agent: &Agent, row: &Row) -> Result<Json<Machine>, Fail> {
     agent.machine(row).await.map(Json).ok_or_else(|| not_found(&row.machine))
 }
 
 /// Steps an order that only the owner takes.
-async fn order(agent: &Agent, machine: &MachineId, order: Order) -> Result<std::sync::Arc<Row>, Fail> {
+pub(super) async fn order(agent: &Agent, machine: &MachineId, order: Order) -> Result<std::sync::Arc<Row>, Fail> {
     if let Some(owner) = owner_elsewhere(agent, machine).await {
         return Err(Fail::elsewhere(machine, &owner));
     }
@@ -205,68 +205,6 @@ pub(super) async fn start(
 ) -> Result<Json<Machine>, Fail> {
     let row = order(&agent, &machine, Order::Start).await?;
     answer(&agent, &row).await
-}
-
-pub(super) async fn retry(
-    agent: Shared,
-    Id(machine): Id<MachineId>,
-    Body(Empty {}): Body<Empty>,
-) -> Result<Json<Machine>, Fail> {
-    if agent.rows.machine(&machine).is_none() {
-        return Err(not_found(&machine));
-    }
-    let row = agent.core.step(&machine, Event::Order(Order::Retry)).await?;
-    answer(&agent, &row).await
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct RemoveArgs {
-    #[serde(default)]
-    with_volume: bool,
-}
-
-pub(super) async fn remove(
-    agent: Shared,
-    Id(machine): Id<MachineId>,
-    Args(args): Args<RemoveArgs>,
-) -> Result<Json<Empty>, Fail> {
-    let row = agent.rows.machine(&machine);
-    if let Some(volume) = row.and_then(|row| row.volume.clone()).filter(|_| !args.with_volume) {
-        return Err(Fail::new(
-            Code::NeedsForce,
-            "machine has a volume",
-            format!("removing {machine} deletes volume {volume} and its data for good"),
-            "say --with-volume (with_volume=true) if that is meant; `decant machine stop` keeps both",
-        ));
-    }
-    order(&agent, &machine, Order::Remove).await?;
-    Ok(Json(Empty {}))
-}
-
-pub(super) async fn reclaim(
-    agent: Shared,
-    Id(machine): Id<MachineId>,
-    Body(request): Body<Reclaim>,
-) -> Result<Json<Reclaimed>, Fail> {
-    let row = agent.rows.machine(&machine).ok_or_else(|| not_found(&machine))?;
-    let (Some(loses), Some(migration)) = (decant_drain::reclaim_loses(&row), row.migration.clone()) else {
-        let cause = format!("{} has no sealed copy of {machine}: it is {} here", agent.config.worker, row.state.name());
-        return Err(Fail::new(
-            Code::Conflict,
-            "nothing to reclaim",
-            cause,
-            "`decant machine list` shows who has a copy",
-        ));
-    };
-    if !request.force {
-        let fix = format!("if {} is destroyed and will never run it again, repeat with --force", migration.peer);
-        return Err(Fail::new(Code::NeedsForce, "this loses data", loses, fix));
-    }
-    let sealed_at_ms = migration.entered_ms.get(&decant_drain::migration::Phase::Sealed).copied().unwrap_or(0);
-    let row = agent.core.step(&machine, Event::Order(Order::Reclaim)).await?;
-    let Json(machine) = answer(&agent, &row).await?;
-    Ok(Json(Reclaimed { machine, given_up: migration.peer, lost_since_at_ms: sealed_at_ms }))
 }
 
 #[derive(Debug, Deserialize)]

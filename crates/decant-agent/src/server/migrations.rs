@@ -15,7 +15,7 @@ use decant_drain::{Event, Move, Order, Row};
 use crate::agent::Agent;
 use crate::config::Config;
 use crate::core::new_migration_id;
-use crate::errands::{reader_at, survey};
+use crate::errands::{program_of, reader_at, survey};
 use crate::server::extract::{Args, Body, Id, ScopeArgs};
 use crate::server::fail::Fail;
 use crate::server::machines::{not_found, owner_elsewhere};
@@ -67,9 +67,14 @@ pub(super) async fn start(
             "look at its agent, or name another worker; nothing was touched",
         )
     })?;
+    let program = program_of(&agent, &machine, request.any_program).await.map_err(|cause| {
+        let fix =
+            "put the program back, stop the machine and start it, or let any do (--any-program); nothing was touched";
+        Fail::new(Code::Refused, "program cannot be read", cause, fix)
+    })?;
     let migration = request.migration.unwrap_or_else(|| new_migration_id(agent.clock.now_ms()));
-    let order =
-        Move { migration, to, reader, reason: request.reason, drain: request.drain, limits: limits(&agent.config) };
+    let (reason, drain, limits) = (request.reason, request.drain, limits(&agent.config));
+    let order = Move { migration, to, reader, reason, drain, limits, program };
     let row = agent.core.step(&machine, Event::Order(Order::Move(Box::new(order)))).await?;
     agent.migration(&row).await.map(Json).ok_or_else(|| not_found(&machine))
 }
@@ -193,7 +198,15 @@ pub(super) async fn cancel(
     let row = match holder(&agent, &migration, Role::Source).await? {
         Ok(row) => row,
         Err(worker) => {
-            return forward(&agent, &caller, &worker, &decant_api::path::cancel_migration(&migration), &request).await;
+            let path = decant_api::path::cancel_migration(&migration);
+            let answer = forward(&agent, &caller, &worker, &path, &request).await;
+            let is_away = |fail: &Fail| matches!(fail.0.code, Code::Unavailable | Code::Timeout);
+            match row_of(&agent, &migration).filter(|_| answer.as_ref().is_err_and(is_away)) {
+                // The source is away, for ever perhaps: this worker refuses what it is prepared for, durably, and a source
+                // that comes back takes its machine back.
+                Some(row) => row,
+                None => return answer,
+            }
         }
     };
     let row = agent.core.step(&row.machine, Event::Order(Order::Cancel { migration: migration.clone() })).await?;

@@ -6,6 +6,7 @@ mod extract;
 mod fail;
 mod machines;
 mod migrations;
+mod orders;
 mod peer;
 mod volumes;
 mod workers;
@@ -61,12 +62,14 @@ fn router(agent: Arc<Agent>, caller: Caller) -> Router {
         .route("/v1/volumes", get(volumes::list).post(volumes::create))
         .route("/v1/volumes/{volume}", get(volumes::show).delete(volumes::delete))
         .route("/v1/machines", get(machines::list).post(machines::run))
-        .route("/v1/machines/{machine}", get(machines::show).delete(machines::remove))
+        .route("/v1/machines/{machine}", get(machines::show).delete(orders::remove))
         .route("/v1/machines/{machine}/stop", post(machines::stop))
         .route("/v1/machines/{machine}/start", post(machines::start))
-        .route("/v1/machines/{machine}/retry", post(machines::retry))
+        .route("/v1/machines/{machine}/retry", post(orders::retry))
+        .route("/v1/machines/{machine}/clear-veto", post(orders::clear_veto))
+        .route("/v1/machines/{machine}/forget-origin", post(orders::forget_origin))
         .route("/v1/machines/{machine}/move", post(migrations::start))
-        .route("/v1/machines/{machine}/reclaim", post(machines::reclaim))
+        .route("/v1/machines/{machine}/reclaim", post(orders::reclaim))
         .route("/v1/machines/{machine}/logs", get(machines::logs))
         .route("/v1/migrations", get(migrations::list))
         .route("/v1/migrations/{migration}", get(migrations::show))
@@ -75,6 +78,8 @@ fn router(agent: Arc<Agent>, caller: Caller) -> Router {
         .route("/v1/drains", get(drains::list).post(drains::create))
         .route("/v1/drains/{drain}", get(drains::show))
         .route("/v1/drains/{drain}/cancel", post(drains::cancel))
+        .route("/v1/drains/{drain}/resume", post(drains::resume))
+        .route("/v1/drains/{drain}/settings", post(drains::settings))
         .route("/v1/routes/{machine}", get(machines::route))
         .route("/v1/events", get(events::follow))
         .route(crate::peers::MESSAGES_PATH, post(peer::messages).layer(DefaultBodyLimit::max(MAX_BODY_BYTES)))
@@ -104,6 +109,8 @@ fn peer_may_post(path: &str) -> bool {
         || is("/v1/migrations/", "/cancel")
         || is("/v1/migrations/", "/settings")
         || is("/v1/drains/", "/cancel")
+        || is("/v1/drains/", "/resume")
+        || is("/v1/drains/", "/settings")
 }
 
 async fn authorize(

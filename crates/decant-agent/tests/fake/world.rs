@@ -49,8 +49,20 @@ struct Inner {
     /// The highest number that a machine was told is safe.
     acknowledged: HashMap<MachineId, u64>,
     violations: Vec<String>,
+    /// Programs of workers that have another one than the rest.
+    programs: HashMap<String, String>,
+    /// No clone gets whole any more.
+    stalled: bool,
+    /// The call that fails, on every worker, and how.
+    fails: Option<(String, FailureCode)>,
     hold: Option<Hold>,
     held: bool,
+}
+
+impl Inner {
+    fn program(&self, worker: &str) -> String {
+        self.programs.get(worker).cloned().unwrap_or_else(|| "01".to_owned())
+    }
 }
 
 /// All workers' planes and drivers.
@@ -107,6 +119,21 @@ impl World {
         self.lock().sites.entry(worker.to_owned()).or_default().machines.remove(machine);
     }
 
+    /// No clone gets whole from now on, or all do again.
+    pub(crate) fn stall(&self, stalled: bool) {
+        self.lock().stalled = stalled;
+    }
+
+    /// Calls of this name fail from now on, or none.
+    pub(crate) fn fail(&self, call: Option<(&str, FailureCode)>) {
+        self.lock().fails = call.map(|(name, code)| (name.to_owned(), code));
+    }
+
+    /// The worker's programs are replaced by others.
+    pub(crate) fn upgrade(&self, worker: &str, program: &str) {
+        self.lock().programs.insert(worker.to_owned(), program.to_owned());
+    }
+
     /// What must never happen, and did.
     pub(crate) fn violations(&self) -> Vec<String> {
         self.lock().violations.clone()
@@ -123,6 +150,9 @@ impl World {
         let site = inner.sites.entry(worker.to_owned()).or_default();
         let index = site.calls.len();
         site.calls.push(name.to_owned());
+        if let Some((_, code)) = inner.fails.as_ref().filter(|(failing, _)| failing == name) {
+            return Err(failure(*code, "it does not work"));
+        }
         let fits = |hold: &Hold| {
             hold.worker == worker
                 && hold.call.is_none_or(|call| call == index)
@@ -187,7 +217,7 @@ impl FakePlane {
         let found = inner.sites.get(&self.worker).and_then(|site| site.volumes.get(volume));
         let found = found.ok_or_else(|| failure(FailureCode::Refused, "no such volume"))?;
         let state = found.state.unwrap_or(VolumeState::Detached);
-        let missing = u64::from(3u32.saturating_sub(found.polls)) << 20;
+        let missing = u64::from(3u32.saturating_sub(found.polls).max(u32::from(inner.stalled))) << 20;
         let is_there = matches!(state, VolumeState::Attached | VolumeState::Hydrating | VolumeState::Prepared);
         Ok(Outcome::Status(Box::new(VolumeStatus {
             volume: volume.clone(),
@@ -211,6 +241,7 @@ impl FakePlane {
 
 fn perform(inner: &mut Inner, worker: &str, command: &Command) -> Result<Outcome, Failure> {
     let volume = command.volume().clone();
+    let stalled = inner.stalled;
     let open = inner
         .sites
         .entry(worker.to_owned())
@@ -289,7 +320,7 @@ fn perform(inner: &mut Inner, worker: &str, command: &Command) -> Result<Outcome
         Command::Verify { .. } => {
             let found = volumes.get_mut(&volume).ok_or_else(refused)?;
             found.polls += 1;
-            if found.polls < 3 {
+            if found.polls < 3 || stalled {
                 return Err(failure(FailureCode::NotYet, "blocks are missing"));
             }
             found.state = Some(VolumeState::Attached);
@@ -321,12 +352,19 @@ impl FakeMachines {
 }
 
 impl Machines for FakeMachines {
-    fn prepare(&self, spec: &MachineSpec, epoch: Epoch) -> Result<(), Failure> {
+    fn prepare(&self, spec: &MachineSpec, epoch: Epoch, program: Option<&str>) -> Result<(), Failure> {
         self.world.call(&self.worker, "machine prepare", |inner| {
+            if program.is_some_and(|program| program != inner.program(&self.worker)) {
+                return Err(failure(FailureCode::Refused, "its program /bin/true is another one than where it runs"));
+            }
             let machines = &mut inner.sites.entry(self.worker.clone()).or_default().machines;
             machines.entry(spec.id.clone()).or_insert((epoch, false, spec.volume.clone()));
             Ok(())
         })
+    }
+
+    fn program(&self, _: &MachineSpec) -> Result<String, Failure> {
+        Ok(self.world.lock().program(&self.worker))
     }
 
     fn start(&self, spec: &MachineSpec, epoch: Epoch, device: Option<&Path>) -> Result<(), Failure> {

@@ -369,7 +369,10 @@ impl Draft {
                 "{} migrations to {} went back, the last one because: {}",
                 entry.failures, entry.to, entry.reason
             ),
-            fix: "remove the cause and resume the drain, or name another destination with --to".to_owned(),
+            fix: format!(
+                "remove the cause and order `decant drain resume {}`, or cancel it and name another destination with --to",
+                self.row.order.drain
+            ),
         });
         let failed: Vec<Blocker> = failed.collect();
         let needs_person = !failed.is_empty();

@@ -180,6 +180,7 @@ pub fn move_to(number: usize, to: usize) -> Move {
         reason: "test".to_owned(),
         drain: None,
         limits: LIMITS,
+        program: Some("ab12".to_owned()),
     }
 }
 

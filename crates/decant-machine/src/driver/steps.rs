@@ -15,6 +15,7 @@ use super::client::{NoAnswer, ask};
 use super::{Change, MachineError, Prepare, ProcessDriver, probe_exclusive};
 use crate::cgroup;
 use crate::protocol::{Answer, Device, Hello, Request, ShimConfig};
+use crate::spec::MachineSpec;
 use crate::status::{State, Status};
 
 /// A shim answers within microseconds; one that does not for so long is stuck.
@@ -23,6 +24,10 @@ const ANSWER: Duration = Duration::from_secs(5);
 const PREPARE: Duration = Duration::from_secs(30);
 /// How long the kernel may take to let go of a device after the last mount of it ended.
 const LET_GO: Duration = Duration::from_secs(2);
+
+/// SHA-256, hex, of the program that the machine's shim was made with, in its run directory. The file may be replaced
+/// while the machine runs on.
+const STARTED_FROM: &str = "program.sha256";
 
 type Result<T> = std::result::Result<T, MachineError>;
 
@@ -40,12 +45,14 @@ pub(super) fn prepare(driver: &ProcessDriver, request: &Prepare<'_>) -> Result<C
     let spec = request.spec;
     let machine = &spec.id;
     driver.check(spec)?;
-    if let Some(wanted) = request.program_digest {
-        let found = driver.program_digest(spec)?;
-        if found != wanted {
-            let cause = format!("its program differs: SHA-256 {found} here, {wanted} wanted");
-            return Err(MachineError::Unfit { machine: machine.clone(), cause });
-        }
+    let program = driver.program_digest(spec)?;
+    if let Some(wanted) = request.program_digest.filter(|wanted| **wanted != program) {
+        let name = spec.command.first().map_or("", String::as_str);
+        let cause = format!(
+            "its program {name} is another one than where it runs: SHA-256 {program} here, {wanted} there; \
+             install the same version here, or let any do (--any-program)"
+        );
+        return Err(MachineError::Unfit { machine: machine.clone(), cause });
     }
     let run = driver.run(machine);
     let config = ShimConfig {
@@ -68,6 +75,8 @@ pub(super) fn prepare(driver: &ProcessDriver, request: &Prepare<'_>) -> Result<C
     let text =
         serde_json::to_vec(&config).map_err(io::Error::from).context(machine, || "describe the machine".to_owned())?;
     fs::write(&path, text).context(machine, || format!("write {}", path.display()))?;
+    let digest = run.join(STARTED_FROM);
+    fs::write(&digest, program).context(machine, || format!("write {}", digest.display()))?;
     spawn(driver, machine, &path)?;
     Ok(Change::Made)
 }
@@ -161,6 +170,17 @@ fn live_status(run: &Path, machine: &MachineId) -> Result<Option<Status>> {
             reason: "the shim is there and silent".to_owned(),
         }),
         Err(NoAnswer::Io(cause)) => Err(cause).context(machine, || "ask its shim".to_owned()),
+    }
+}
+
+/// SHA-256, hex, of the program that the machine runs; of the one it would start if it is down.
+pub(super) fn started_from(driver: &ProcessDriver, spec: &MachineSpec) -> Result<String> {
+    let run = driver.run(&spec.id);
+    let is_up = live_status(&run, &spec.id)?.is_some_and(|status| status.state != State::Stopped);
+    match fs::read_to_string(run.join(STARTED_FROM)) {
+        Ok(digest) if is_up => Ok(digest),
+        // Down, or started by a version that did not note it.
+        _ => driver.program_digest(spec),
     }
 }
 

@@ -35,11 +35,12 @@ fn run(args: &DaemonArgs, what: &str, main: fn(Config) -> Result<(), RunError>) 
         Failure::usage("configuration cannot be used", cause.trim(), fix.trim())
     })?;
     main(config).map(|()| Exit::Done).map_err(|error| {
-        Failure::local(
-            &format!("the {what} ended"),
-            chain(&error),
-            "`decant doctor` checks what it needs of this machine",
-        )
+        let (name, fix) = match &error {
+            RunError::NotRoot { .. } => ("not root".to_owned(), "run it as root"),
+            RunError::Fuse(_) => ("no FUSE".to_owned(), super::doctor::FUSE_FIX),
+            _ => (format!("the {what} ended"), "`decant doctor` checks what it needs of this machine"),
+        };
+        Failure::local(&name, chain(&error), fix)
     })
 }
 

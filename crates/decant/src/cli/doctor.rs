@@ -71,7 +71,7 @@ pub(crate) fn checks(state_dir: &Path) -> Vec<Check> {
     vec![
         root(),
         kernel(),
-        device("fuse", "/dev/fuse", "load the module: modprobe fuse"),
+        fuse(),
         device("loop devices", "/dev/loop-control", "load the module: modprobe loop"),
         cgroup2(),
         namespaces(),
@@ -97,6 +97,16 @@ fn kernel() -> Check {
     } else {
         let found = format!("{release}: a machine sees I/O errors if its volume process is killed");
         limited("kernel", found, "Linux 6.9 or later has FUSE_NOTIFY_RESEND")
+    }
+}
+
+/// What to do without FUSE.
+pub(crate) const FUSE_FIX: &str = "load the module: modprobe fuse; in a container, let it have /dev/fuse";
+
+fn fuse() -> Check {
+    match decant_agent::fuse() {
+        Ok(()) => ok("fuse", format!("{} opens", decant_agent::FUSE)),
+        Err(error) => missing("fuse", format!("{}: {error}", decant_agent::FUSE), FUSE_FIX),
     }
 }
 

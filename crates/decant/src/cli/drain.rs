@@ -1,7 +1,7 @@
 //! `decant drain`.
 
 use clap::{Args, Subcommand};
-use decant_api::{Blocker, CreateDrain, Drain, DrainPhase, Empty, Listing, path};
+use decant_api::{Blocker, CreateDrain, Drain, DrainPhase, DrainSettings, Empty, Listing, path};
 use decant_base::{DrainId, WorkerId};
 use decant_dataplane::Protocol;
 
@@ -20,6 +20,8 @@ use super::{Exit, Failure, Global, parse_duration, progress, protocols, watch};
         decant drain worker-1 --plan\n  \
         decant drain worker-1 worker-2 --reason 'rack 7 loses power' --deadline 30m\n  \
         decant drain watch drain-1\n  \
+        decant drain set drain-1 --max 4\n  \
+        decant drain resume drain-1\n  \
         decant drain -- list                a worker that is called list"
 )]
 pub(crate) struct DrainArgs {
@@ -49,10 +51,13 @@ struct StartArgs {
     /// Why, for the event log and whoever finds the worker cordoned.
     #[arg(long, default_value = "")]
     reason: String,
+    /// Destinations need not have the very program that a machine was started from.
+    #[arg(long)]
+    any_program: bool,
     /// Do not watch; exits with 6.
     #[arg(long)]
     detach: bool,
-    /// Start no more moves after this long; exits with 4.
+    /// After this long start no more moves and take back those that are not past their commit point; exits with 4.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     deadline: Option<u64>,
     /// What the volumes travel over: NBD over mutual TLS, or iSCSI where both workers trust the network
@@ -84,6 +89,21 @@ enum Command {
         /// Which.
         drain: DrainId,
     },
+    /// Let a blocked drain look again and try again now: the cause is gone.
+    #[command(after_help = "Example:\n  decant drain resume drain-1")]
+    Resume {
+        /// Which.
+        drain: DrainId,
+    },
+    /// Change a running drain.
+    #[command(after_help = "Example:\n  decant drain set drain-1 --max 4")]
+    Set {
+        /// Which.
+        drain: DrainId,
+        /// Machines that move at the same time; those under way go on.
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+        max: u32,
+    },
 }
 
 pub(crate) fn run(args: DrainArgs, global: &Global) -> Result<Exit, Failure> {
@@ -94,7 +114,8 @@ pub(crate) fn run(args: DrainArgs, global: &Global) -> Result<Exit, Failure> {
             let listing: Listing<Drain> = agent.get(&path::drains())?;
             show(global.output, &listing, |listing| {
                 let rows = listing.items.iter().map(row).collect();
-                table(["DRAIN", "WORKERS", "PHASE", "MACHINES", "STARTED", "REASON"], rows, "no drains")
+                let list = table(["DRAIN", "WORKERS", "PHASE", "MACHINES", "STARTED", "REASON"], rows, "no drains");
+                listing.unreachable.iter().fold(list, |list, worker| format!("{list}\n({worker} did not answer)"))
             });
             Ok(Exit::Done)
         }
@@ -110,13 +131,32 @@ pub(crate) fn run(args: DrainArgs, global: &Global) -> Result<Exit, Failure> {
             show(global.output, &agent.post::<Drain>(&path::cancel_drain(&drain), &Empty {})?, text);
             Ok(Exit::Done)
         }
+        Some(Command::Resume { drain }) => {
+            show(global.output, &agent.post::<Drain>(&path::resume_drain(&drain), &Empty {})?, text);
+            Ok(Exit::Done)
+        }
+        Some(Command::Set { drain, max }) => {
+            let settings = DrainSettings { max: Some(max) };
+            show(global.output, &agent.post::<Drain>(&path::drain_settings(&drain), &settings)?, text);
+            Ok(Exit::Done)
+        }
     }
 }
 
 fn start(agent: &mut super::Agent, args: StartArgs, global: &Global) -> Result<Exit, Failure> {
-    let StartArgs { workers, plan, to, partial, max, reason, detach, deadline, protocol, id } = args;
-    let request =
-        CreateDrain { drain: id, workers, plan_only: plan, to, partial, max, reason, deadline_ms: deadline, protocol };
+    let StartArgs { workers, plan, to, partial, max, reason, any_program, detach, deadline, protocol, id } = args;
+    let request = CreateDrain {
+        drain: id,
+        workers,
+        plan_only: plan,
+        to,
+        partial,
+        max,
+        reason,
+        deadline_ms: deadline,
+        protocol,
+        any_program,
+    };
     let drain: Drain = agent.post("/v1/drains", &request)?;
     if plan {
         show(global.output, &drain, text);
@@ -158,6 +198,7 @@ pub(crate) fn text(drain: &Drain) -> String {
         ("workers", drain.workers.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")),
         ("reason", drain.reason.clone()),
         ("state", progress::drain_line(drain)),
+        ("at once", format!("{} of each worker", drain.max)),
         ("started", moment(drain.started_at_ms)),
         ("evacuated", drain.evacuated_ms.map(|ms| format!("after {}", duration(ms))).unwrap_or_default()),
         ("drained", drain.drained_ms.map(|ms| format!("after {}", duration(ms))).unwrap_or_default()),
@@ -176,7 +217,10 @@ pub(crate) fn text(drain: &Drain) -> String {
 
 fn plan_lines(drain: &Drain) -> Vec<String> {
     let line = |machine: &decant_api::DrainMachine| match &machine.planned {
-        Some(plan) => format!("{}  {} -> {}, at most {}", machine.machine, plan.source, plan.destination, plan.bytes),
+        Some(plan) => {
+            let time = plan.eta.map(|eta| format!(", in {}", progress::range(eta))).unwrap_or_default();
+            format!("{}  {} -> {}, at most {}{time}", machine.machine, plan.source, plan.destination, plan.bytes)
+        }
         None => format!("{}  no place", machine.machine),
     };
     drain.machines.iter().map(line).collect()

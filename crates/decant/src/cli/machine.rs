@@ -5,14 +5,16 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use decant_api::{
-    Empty, Listing, Logs, Machine, Migration, MoveMachine, Reclaim, Reclaimed, RecoveryPoint, RunMachine, Scope, path,
+    Empty, Force, Listing, Logs, Machine, Migration, MoveMachine, Reclaim, Reclaimed, RecoveryPoint, RunMachine, Scope,
+    path,
 };
 use decant_base::{Bytes, MachineId, VolumeId, WorkerId};
 use decant_dataplane::Protocol;
 use decant_machine::{Bind, HealthCheck, Limits, MachineSpec, RestartPolicy};
+use serde::Serialize;
 
-use super::output::{Output, bytes, fields, moment, or_dash, print, show, table, word};
-use super::{Exit, Failure, Global, parse_bytes, parse_duration, protocols, watch};
+use super::output::{bytes, fields, moment, or_dash, show, table, word};
+use super::{Agent, Exit, Failure, Global, parse_bytes, parse_duration, protocols, watch};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -51,9 +53,46 @@ pub(crate) enum Command {
         /// (iscsi.trusted_networks).
         #[arg(long, default_value = "nbd", value_parser = protocols())]
         protocol: Protocol,
+        /// The destination need not have the very program that the machine was started from.
+        #[arg(long)]
+        any_program: bool,
         /// Do not watch; exits with 6.
         #[arg(long)]
         detach: bool,
+    },
+    /// Have whatever is stuck or waits for its time tried again now.
+    #[command(
+        after_help = "`decant why` says what is stuck and what removes the cause.\n\nExample:\n  decant machine retry orders"
+    )]
+    Retry {
+        /// Which.
+        machine: MachineId,
+    },
+    /// Boot a machine that another worker claims at a higher epoch: nobody else has it.
+    #[command(
+        name = "clear-veto",
+        after_help = "A worker whose journal is an old copy does not boot what somebody else may run. Ask without --force\n\
+            first: it says who claims the machine.\n\nExample:\n  decant machine clear-veto orders --force"
+    )]
+    ClearVeto {
+        /// Which.
+        machine: MachineId,
+        /// Your word that no other worker has it.
+        #[arg(long)]
+        force: bool,
+    },
+    /// End a move whose source was destroyed after the last block had come.
+    #[command(
+        name = "forget-origin",
+        after_help = "Refused while blocks are missing: then only `decant machine rm MACHINE --with-volume --force` is left.\n\n\
+            Example:\n  decant machine forget-origin orders --force"
+    )]
+    ForgetOrigin {
+        /// Which.
+        machine: MachineId,
+        /// Your word that the worker it came from is destroyed.
+        #[arg(long)]
+        force: bool,
     },
     /// The last lines that a machine printed.
     Logs {
@@ -64,13 +103,20 @@ pub(crate) enum Command {
         tail: u32,
     },
     /// Stop a machine and remove it, its volume and its data.
-    #[command(alias = "delete")]
+    #[command(
+        alias = "delete",
+        after_help = "Examples:\n  decant machine rm web\n  decant machine rm orders --with-volume\n  \
+            decant machine rm orders --with-volume --force     its source burnt, blocks of it are nowhere"
+    )]
     Rm {
         /// Which.
         machine: MachineId,
         /// Your word that its volume may go with it.
         #[arg(long)]
         with_volume: bool,
+        /// Your word that the worker it is still being moved from is destroyed.
+        #[arg(long)]
+        force: bool,
     },
     /// Boot the sealed copy of a machine whose new worker is destroyed.
     #[command(
@@ -114,8 +160,8 @@ pub(crate) struct RunArgs {
     /// A file or directory of the host to see read-only besides /usr and /etc; repeatable.
     #[arg(long, value_name = "HOST[:INSIDE]", value_parser = parse_bind)]
     bind: Vec<Bind>,
-    /// Stop signal by number.
-    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(i32).range(1..=64))]
+    /// Stop signal by number, 1 to 31.
+    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(i32).range(1..=31), value_name = "N")]
     stop_signal: i32,
     /// How long stopping may take before SIGKILL.
     #[arg(long, default_value = "10s", value_parser = parse_duration, value_name = "DURATION")]
@@ -141,6 +187,9 @@ pub(crate) struct RunArgs {
     /// Machines of one group are not drained at the same time.
     #[arg(long)]
     group: Option<String>,
+    /// A label that a worker must have to be chosen for it; repeatable. `machine move --to` is not bound by it.
+    #[arg(long, value_name = "LABEL=VALUE", value_parser = parse_env)]
+    needs: Vec<(String, String)>,
     /// Its number in addresses; chosen if absent.
     #[arg(long, default_value_t = 0, hide_default_value = true, value_name = "N")]
     address_index: u32,
@@ -200,6 +249,7 @@ impl RunArgs {
             limits: Limits { memory_bytes: self.memory.map(|b| b.0), cpu_percent: self.cpu, pids: self.pids },
             address_index: self.address_index,
             group: self.group,
+            needs: self.needs.into_iter().collect(),
         })
     }
 }
@@ -234,33 +284,24 @@ pub(crate) fn run(command: Command, global: &Global) -> Result<Exit, Failure> {
             });
         }
         Command::Show { machine } => show(global.output, &agent.get::<Machine>(&path::machine(&machine))?, text),
-        Command::Stop { machine } => {
-            show(global.output, &agent.post::<Machine>(&path::machine_action(&machine, "stop"), &Empty {})?, text);
-        }
-        Command::Start { machine } => {
-            show(global.output, &agent.post::<Machine>(&path::machine_action(&machine, "start"), &Empty {})?, text);
-        }
-        Command::Move { machine, to, reason, protocol, detach } => {
-            let request = MoveMachine { to, reason, protocol, ..MoveMachine::default() };
+        Command::Stop { machine } => act(&mut agent, global, &machine, "stop", &Empty {})?,
+        Command::Start { machine } => act(&mut agent, global, &machine, "start", &Empty {})?,
+        Command::Move { machine, to, reason, protocol, any_program, detach } => {
+            let request = MoveMachine { to, reason, protocol, any_program, ..MoveMachine::default() };
             let migration: Migration = agent.post(&path::machine_action(&machine, "move"), &request)?;
             return watch::migration(&mut agent, migration, global, detach);
         }
         Command::Logs { machine, tail } => {
             show(global.output, &agent.get::<Logs>(&path::logs(&machine, tail))?, |logs| logs.text.clone());
         }
-        Command::Rm { machine, with_volume } => {
-            let seen: Machine = agent.get(&path::machine(&machine))?;
-            if let Some(volume) = seen.spec.volume.filter(|_| !with_volume) {
-                return Err(Failure::usage(
-                    "machine has a volume",
-                    format_args!("removing {machine} deletes volume {volume} and its data for good"),
-                    "say --with-volume if that is meant; `decant machine stop` keeps both",
-                ));
-            }
-            agent.delete(&path::remove_machine(&machine, with_volume))?;
-            if global.output == Output::Table {
-                print(&format!("machine {machine} is removed"));
-            }
+        Command::Rm { machine, with_volume, force } => {
+            let removed = remove(&mut agent, &machine, with_volume, force)?;
+            show(global.output, &removed, Removed::text);
+        }
+        Command::Retry { machine } => act(&mut agent, global, &machine, "retry", &Empty {})?,
+        Command::ClearVeto { machine, force } => act(&mut agent, global, &machine, "clear-veto", &Force { force })?,
+        Command::ForgetOrigin { machine, force } => {
+            act(&mut agent, global, &machine, "forget-origin", &Force { force })?;
         }
         Command::Reclaim { machine, force } => {
             let reclaimed: Reclaimed = agent.post(&path::machine_action(&machine, "reclaim"), &Reclaim { force })?;
@@ -276,6 +317,54 @@ pub(crate) fn run(command: Command, global: &Global) -> Result<Exit, Failure> {
         }
     }
     Ok(Exit::Done)
+}
+
+/// Orders something of a machine and shows it.
+fn act(
+    agent: &mut Agent,
+    global: &Global,
+    machine: &MachineId,
+    action: &str,
+    request: &impl Serialize,
+) -> Result<(), Failure> {
+    show(global.output, &agent.post::<Machine>(&path::machine_action(machine, action), request)?, text);
+    Ok(())
+}
+
+/// What was removed.
+#[derive(Debug, Serialize)]
+struct Removed {
+    removed: MachineId,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    volume: Option<VolumeId>,
+    /// What of the volume was only at its origin, where that was given up.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    missing_bytes: Option<u64>,
+}
+
+impl Removed {
+    fn text(&self) -> String {
+        let volume = self.volume.as_ref().map(|volume| format!(" with its volume {volume}")).unwrap_or_default();
+        let missing = self.missing_bytes.filter(|count| *count > 0);
+        let missing = missing.map(|count| format!("; {} of it had not come from its origin", bytes(count)));
+        format!("machine {} is removed{volume}{}", self.removed, missing.unwrap_or_default())
+    }
+}
+
+fn remove(agent: &mut Agent, machine: &MachineId, with_volume: bool, force: bool) -> Result<Removed, Failure> {
+    let seen: Machine = agent.get(&path::machine(machine))?;
+    if let Some(volume) = seen.spec.volume.as_ref().filter(|_| !with_volume) {
+        return Err(Failure::usage(
+            "machine has a volume",
+            format_args!("removing {machine} deletes volume {volume} and its data for good"),
+            "say --with-volume if that is meant; `decant machine stop` keeps both",
+        ));
+    }
+    // What is given up is said by whoever has it, before it is gone.
+    let migration = seen.migration.filter(|_| force).map(|id| agent.get::<Migration>(&path::migration(&id)));
+    let missing_bytes = migration.and_then(Result::ok).and_then(|m| m.progress).map(|progress| progress.exposure_bytes);
+    agent.delete(&path::remove_machine(machine, with_volume, force))?;
+    Ok(Removed { removed: machine.clone(), volume: seen.spec.volume, missing_bytes })
 }
 
 fn row(machine: &Machine) -> [String; 7] {

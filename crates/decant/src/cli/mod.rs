@@ -81,7 +81,7 @@ pub(crate) enum Verb {
     /// Volumes: create, list, show, delete.
     #[command(subcommand)]
     Volume(volume::Command),
-    /// Machines: run, list, show, stop, start, move, logs, rm, reclaim.
+    /// Machines: run, list, show, stop, start, move, logs, rm, reclaim, retry, clear-veto, forget-origin.
     #[command(subcommand)]
     Machine(Box<machine::Command>),
     /// Move every machine off one or more workers.
@@ -126,7 +126,7 @@ pub(crate) fn main() -> ExitCode {
         Verb::Export(args) => export::run(&args, &global),
         Verb::Clone(args) => clone::run(*args, &global),
         Verb::Doctor(args) => doctor::run(&args, &global),
-        Verb::Demo(args) => return crate::demo::main(&args).into(),
+        Verb::Demo(args) => crate::demo::main(&args, global.output),
         Verb::DemoOrders(args) => return crate::demo::orders::main(&args),
     };
     match result {

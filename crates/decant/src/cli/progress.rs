@@ -15,13 +15,17 @@ fn moved(done: u64, total: u64, rate: u64, eta: Option<Eta>) -> String {
     if rate > 0 && done < total {
         text.push_str(&format!(", {}/s", bytes(rate)));
     }
-    if let Some(Eta { low_ms, high_ms }) = eta.filter(|_| done < total) {
-        let (low, high) = (duration(low_ms.min(high_ms)), duration(high_ms));
-        // Two ends that read alike are no range.
-        let range = if low == high { format!("about {low}") } else { format!("{low} to {high}") };
-        text.push_str(&format!(", done in {range}"));
+    if let Some(eta) = eta.filter(|_| done < total) {
+        text.push_str(&format!(", done in {}", range(eta)));
     }
     text
+}
+
+/// `1.0 s to 2.0 s`.
+pub(crate) fn range(eta: Eta) -> String {
+    let (low, high) = (duration(eta.low_ms.min(eta.high_ms)), duration(eta.high_ms));
+    // Two ends that read alike are no range.
+    if low == high { format!("about {low}") } else { format!("{low} to {high}") }
 }
 
 /// Whole per cent, never above 100, and 100 only when all is done.
@@ -72,6 +76,15 @@ pub(crate) fn drain_phase(phase: DrainPhase) -> &'static str {
 /// One line about a drain, without its machines.
 pub(crate) fn drain_line(drain: &Drain) -> String {
     let mut line = drain_phase(drain.phase).to_owned();
+    if drain.phase == DrainPhase::Planned {
+        line.push_str(&format!(", at most {} to move", bytes(drain.bytes_total)));
+        if let Some(eta) = drain.eta {
+            let basis =
+                if eta.assumed { "; no rate was measured lately, 12.5 MB/s to 1.25 GB/s is assumed" } else { "" };
+            line.push_str(&format!(", in {}{basis}", range(eta)));
+        }
+        return line;
+    }
     if drain.bytes_total > 0 {
         line.push_str(&format!(", {}", moved(drain.bytes_done, drain.bytes_total, drain.rate_bytes_per_s, drain.eta)));
     }
@@ -116,11 +129,11 @@ mod tests {
             bytes_done: 50 << 20,
             rate_bytes_per_s: 120 << 20,
             exposure_bytes: 150 << 20,
-            eta: Some(Eta { low_ms: 900, high_ms: 2_100 }),
+            eta: Some(Eta { low_ms: 900, high_ms: 2_100, ..Eta::default() }),
             ..Progress::default()
         };
         assert_eq!(amount(&progress), "50 MiB of 200 MiB (25 %), 120 MiB/s, done in 900 ms to 2.1 s");
-        let eta = Some(Eta { low_ms: 2_960, high_ms: 3_040 });
+        let eta = Some(Eta { low_ms: 2_960, high_ms: 3_040, ..Eta::default() });
         let steady = Progress { eta, ..progress };
         assert_eq!(amount(&steady), "50 MiB of 200 MiB (25 %), 120 MiB/s, done in about 3.0 s");
         let done = Progress { bytes_done: 300 << 20, ..progress };

@@ -4,7 +4,7 @@ use clap::Subcommand;
 use decant_api::{CreateVolume, Listing, Scope, Volume, path};
 use decant_base::{Bytes, VolumeId};
 
-use super::output::{Output, bytes, fields, moment, or_dash, print, show, table, word};
+use super::output::{bytes, fields, moment, or_dash, show, table, word};
 use super::{Exit, Failure, Global, parse_bytes};
 
 #[derive(Debug, Subcommand)]
@@ -64,9 +64,8 @@ pub(crate) fn run(command: &Command, global: &Global) -> Result<Exit, Failure> {
         Command::Show { volume } => show(global.output, &agent.get::<Volume>(&path::volume(volume))?, text),
         Command::Delete { volume } => {
             agent.delete(&path::volume(volume))?;
-            if global.output == Output::Table {
-                print(&format!("volume {volume} is deleted"));
-            }
+            let deleted = serde_json::json!({ "removed": volume });
+            show(global.output, &deleted, |_| format!("volume {volume} is deleted"));
         }
     }
     Ok(Exit::Done)

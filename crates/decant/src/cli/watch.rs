@@ -134,8 +134,10 @@ fn follow<T: Watched>(
         }
         if detach || interrupts.recv_timeout(PACE).is_ok() {
             screen.clear();
-            if global.output == Output::Table {
-                eprintln!("detached; it goes on. Watch it with: {hint}");
+            match global.output {
+                Output::Table => eprintln!("detached; it goes on. Watch it with: {hint}"),
+                // Not among the objects: whoever reads those learns it from the exit status.
+                Output::Json => eprintln!("{}", serde_json::json!({ "detached": true, "watch": hint })),
             }
             return Ok(None);
         }

@@ -25,6 +25,8 @@ struct Wait {
     since_at_ms: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     retry_at_ms: Option<u64>,
+    /// Tries in vain so far.
+    attempts: u32,
     clears: String,
 }
 
@@ -68,12 +70,13 @@ fn waiting(kind: &'static str, subject: &impl ToString, worker: &impl ToString, 
         reason: why.reason.clone(),
         since_at_ms: Some(why.since_at_ms),
         retry_at_ms: why.retry_at_ms,
+        attempts: why.attempts,
         clears: why.clears.clone(),
     }
 }
 
 fn known(kind: &'static str, subject: String, worker: String, reason: String, clears: String) -> Wait {
-    Wait { kind, subject, worker, reason, since_at_ms: None, retry_at_ms: None, clears }
+    Wait { kind, subject, worker, reason, since_at_ms: None, retry_at_ms: None, attempts: 0, clears }
 }
 
 fn of_worker(worker: &Worker) -> Option<Wait> {
@@ -122,9 +125,14 @@ fn of_volume(volume: &Volume) -> Option<Wait> {
 
 fn text(wait: &Wait) -> String {
     let since = wait.since_at_ms.map(|at| format!(", since {}", moment(at))).unwrap_or_default();
+    let tried = match wait.attempts {
+        0 => String::new(),
+        1 => ", tried once".to_owned(),
+        times => format!(", tried {times} times"),
+    };
     let retry = wait.retry_at_ms.map(|at| format!(", next try {}", moment(at))).unwrap_or_default();
     format!(
-        "{} {} on {}: {}{since}{retry}\n  clears when: {}",
+        "{} {} on {}: {}{since}{tried}{retry}\n  clears when: {}",
         wait.kind, wait.subject, wait.worker, wait.reason, wait.clears
     )
 }

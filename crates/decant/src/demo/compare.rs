@@ -63,9 +63,7 @@ pub(crate) fn run(args: &DemoArgs, interrupt: &Interrupt) -> anyhow::Result<Exit
     let report = Comparison { kill_clone_boot, kill_copy_boot, copy_boot_kill };
     say("\nResult: the same machine, the same data, three orders of events");
     say(report.text());
-    if let Some(path) = &args.report {
-        main_job::write_json(path, &report)?;
-    }
+    super::deliver(args, &report)?;
     let good = report.kill_clone_boot.writes_lost == 0 && report.kill_clone_boot.writes_duplicated == 0;
     main_job::finish(stage)?;
     Ok(if good { Exit::Done } else { Exit::Error })

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use decant_api::{
-    Machine, MachineState, Migration, MigrationPhase, MigrationSettings, MoveMachine, RecoveryPoint, path,
+    Listing, Machine, MachineState, Migration, MigrationPhase, MigrationSettings, MoveMachine, RecoveryPoint, Scope,
+    Volume, path,
 };
 use decant_base::{Bytes, MigrationId};
 use decant_dataplane::{CloneStatus, MissingPolicy};
@@ -29,6 +30,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const SILENCE: Duration = Duration::from_secs(60);
 /// Writes that the client gets acknowledged before and after the move.
 const SAMPLES: u64 = 200;
+/// Missing ranges that people are shown.
+const SHOWN: usize = 3;
 /// Missing blocks that are read directly from the device.
 const PROBES: usize = 64;
 const BLOCK: u64 = decant_base::BLOCK;
@@ -41,8 +44,8 @@ struct Case {
     machine: MachineState,
     /// Bytes that are nowhere any more.
     missing_bytes: u64,
-    /// Runs of missing blocks that the API lists.
-    missing_ranges: usize,
+    /// Where they are in the volume: runs of missing blocks, the first 1,000 of them.
+    missing_ranges: Vec<Range>,
     /// Missing blocks that a read returned as anything at all. Must be 0.
     zero_reads: u64,
     /// Direct reads of missing blocks that were tried.
@@ -55,15 +58,26 @@ struct Case {
     writes_acknowledged: u64,
 }
 
+/// A run of bytes of the volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+struct Range {
+    start: u64,
+    bytes: u64,
+}
+
 /// The report of `--lose-source`.
 #[derive(Debug, Serialize)]
 struct SourceLost {
     missing_bytes: u64,
+    /// The same of the last case: what is lost for good.
+    missing_ranges: Vec<Range>,
     zero_reads: u64,
     policy: &'static str,
     cases: Vec<Case>,
     /// Whether the machine could be stopped while blocks were missing.
     stopped: bool,
+    /// Whether it could be removed then, by the operator's word that its source is destroyed.
+    removed: bool,
 }
 
 /// `--lose-source`.
@@ -81,20 +95,23 @@ pub(crate) fn source(args: &DemoArgs, interrupt: &Interrupt) -> anyhow::Result<E
     let began = Instant::now();
     stage.stop_machine(2, ORDERS).context("stopping a machine with missing blocks")?;
     say(format_args!("the machine could be stopped, in {} ms", began.elapsed().as_millis()));
+    let removed = give_up(&stage)?;
     let log = load.finish()?;
     let wrong: u64 = cases.iter().map(|case| case.zero_reads).sum::<u64>() + log.wrong_reads;
     let report = SourceLost {
         missing_bytes: cases.iter().map(|case| case.missing_bytes).max().unwrap_or(0),
+        missing_ranges: cases.last().map(|case| case.missing_ranges.clone()).unwrap_or_default(),
         zero_reads: wrong,
         policy: "wait, then eio",
         cases,
         stopped: true,
+        removed,
     };
-    if let Some(path) = &args.report {
-        main_job::write_json(path, &report)?;
-    }
+    super::deliver(args, &report)?;
+    let has_probed = |case: &Case| case.missing_bytes > 0 && !case.missing_ranges.is_empty() && case.probed > 0;
     let good = wrong == 0
-        && report.cases.iter().all(|case| case.missing_bytes > 0 && case.missing_ranges > 0 && case.probed > 0)
+        && report.removed
+        && report.cases.iter().all(has_probed)
         && report.cases.iter().all(|case| case.machine == MachineState::Running)
         && report.cases[0].waited == report.cases[0].probed
         && report.cases[1].failed == report.cases[1].probed;
@@ -109,18 +126,59 @@ pub(crate) fn source(args: &DemoArgs, interrupt: &Interrupt) -> anyhow::Result<E
 impl Case {
     fn text(&self) -> String {
         format!(
-            "policy {}: the machine is {}; {} in {} ranges are missing; of {} direct reads of missing blocks {} waited, {} failed, \
+            "policy {}: the machine is {}; {} in {} ranges are missing ({}); of {} direct reads of missing blocks {} waited, {} failed, \
              {} returned something; {} writes were acknowledged meanwhile",
             self.policy,
             crate::cli::output::word(&self.machine),
             bytes(self.missing_bytes),
-            self.missing_ranges,
+            self.missing_ranges.len(),
+            first_of(&self.missing_ranges),
             self.probed,
             self.waited,
             self.failed,
             self.zero_reads,
             self.writes_acknowledged
         )
+    }
+}
+
+/// The first few ranges, for people.
+fn first_of(ranges: &[Range]) -> String {
+    let shown = ranges.iter().take(SHOWN).map(|range| format!("{} at {}", bytes(range.bytes), range.start));
+    let more = ranges.len().saturating_sub(SHOWN);
+    let more = (more > 0).then(|| format!("{more} more"));
+    shown.chain(more).collect::<Vec<_>>().join(", ")
+}
+
+/// Removes the machine that never gets whole any more; whether that worked, and only by force.
+fn give_up(stage: &Stage<'_>) -> anyhow::Result<bool> {
+    let worker = stage.site.worker(2);
+    let remove = |force: bool| {
+        say(format_args!("$ decant machine rm {ORDERS} --with-volume{}", if force { " --force" } else { "" }));
+        let mut command = Command::new(stage.site.program());
+        command.arg("--socket").arg(worker.socket()).args(["machine", "rm", ORDERS, "--with-volume"]);
+        command.args(force.then_some("--force"));
+        super::say_there(&mut command)?.status().context("running decant machine rm")
+    };
+    if remove(false)?.success() || !remove(true)?.success() {
+        return Ok(false);
+    }
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let machines: Listing<Machine> =
+            worker.agent().get(&path::machines(Scope::Local)).map_err(refused("listing machines"))?;
+        let volumes: Listing<Volume> =
+            worker.agent().get(&path::volumes(Scope::Local)).map_err(refused("listing volumes"))?;
+        if machines.items.is_empty() && volumes.items.is_empty() {
+            say("the machine could be removed, and nothing of it is left");
+            return Ok(true);
+        }
+        if Instant::now() > deadline {
+            let why = machines.items.first().and_then(|machine| machine.why.clone());
+            say(format_args!("the machine is not removed after {PATIENCE:?}: {why:?}"));
+            return Ok(false);
+        }
+        stage.interrupt.sleep(Duration::from_millis(20))?;
     }
 }
 
@@ -300,7 +358,7 @@ fn case(
         policy,
         machine: machine_state(stage)?,
         missing_bytes: clone.bytes_missing,
-        missing_ranges: clone.missing.iter().count(),
+        missing_ranges: clone.missing.iter().map(|range| Range { start: range.start, bytes: range.length }).collect(),
         zero_reads: tally.returned,
         probed: tally.probed,
         waited: tally.waited,
@@ -349,9 +407,7 @@ pub(crate) fn destination(args: &DemoArgs, interrupt: &Interrupt) -> anyhow::Res
         writes_duplicated: verdict.duplicated + verdict.invented,
         wrong_reads: log.wrong_reads,
     };
-    if let Some(path) = &args.report {
-        main_job::write_json(path, &report)?;
-    }
+    super::deliver(args, &report)?;
     let good = before_seal == 0 && report.writes_duplicated == 0 && report.wrong_reads == 0 && report.writes_lost > 0;
     say(format_args!(
         "\nResult: {} writes acknowledged; {} lost, all written after the seal: {}; {} of those before it lost",
@@ -382,7 +438,7 @@ fn reclaim(stage: &Stage<'_>, force: bool) -> anyhow::Result<std::process::ExitS
     let mut command = Command::new(stage.site.program());
     command.arg("--socket").arg(stage.site.worker(1).socket()).args(["machine", "reclaim", ORDERS]);
     command.args(force.then_some("--force"));
-    command.status().context("running decant machine reclaim")
+    super::say_there(&mut command)?.status().context("running decant machine reclaim")
 }
 
 /// Acknowledged before the machine stopped at the source, and not in its database.

@@ -1,6 +1,5 @@
 //! The main job: drain worker-1 and lose nothing.
 
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -58,9 +57,7 @@ pub(crate) fn run(args: &DemoArgs, interrupt: &Interrupt) -> anyhow::Result<Exit
     for example in verdict.examples.iter().chain(&log.wrong_example) {
         say(format_args!("  ! {example}"));
     }
-    if let Some(path) = &args.report {
-        write_json(path, &report)?;
-    }
+    super::deliver(args, &report)?;
     finish(stage)?;
     Ok(if report.is_clean() { Exit::Done } else { Exit::Error })
 }
@@ -154,12 +151,6 @@ pub(crate) fn check(stage: &Stage<'_>, worker: u32, machine: &str, log: &Log) ->
     let rows = ledger::read_rows(&copy, PREFIX)?;
     say(format_args!("the database of worker-{worker} is whole; its {} orders of the client are compared", rows.len()));
     Ok(ledger::compare(&log.acknowledged, &rows, PREFIX, log.sent))
-}
-
-/// Writes a report.
-pub(crate) fn write_json(path: &Path, report: &impl serde::Serialize) -> anyhow::Result<()> {
-    let text = serde_json::to_string_pretty(report)? + "\n";
-    std::fs::write(path, text).with_context(|| format!("writing {}", path.display()))
 }
 
 /// Removes the workers, or leaves them up and says how to use them.

@@ -20,14 +20,17 @@ mod stage;
 mod store;
 
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
+use decant_api::ErrorBody;
 use decant_base::Bytes;
 use decant_dataplane::Protocol;
 
-use crate::cli::{Exit, parse_bytes, protocols};
+use crate::cli::output::Output;
+use crate::cli::{Exit, Failure, parse_bytes, protocols};
 use link::Link;
 
 /// `decant demo`.
@@ -41,6 +44,7 @@ use link::Link;
     decant demo --moves 5 --report report.json --ledger ./ledger\n  \
     decant demo --link 200mbit,5ms\n  \
     decant demo --protocol iscsi\n  \
+    decant demo -o json > report.json\n  \
     decant demo --keep"
 )]
 pub(crate) struct DemoArgs {
@@ -72,7 +76,7 @@ pub(crate) struct DemoArgs {
     #[arg(long)]
     keep: bool,
     /// Remove what --keep left of this run, and do nothing else.
-    #[arg(long, value_name = "RUN", exclusive = true)]
+    #[arg(long, value_name = "RUN", conflicts_with_all = ["keep", "compare", "lose_source", "lose_destination", "link", "report", "ledger"])]
     clean: Option<String>,
     /// Also do it in the two other orders, side by side: kill, copy, boot and copy, boot, kill.
     #[arg(long, conflicts_with_all = ["lose_source", "lose_destination"])]
@@ -114,17 +118,28 @@ impl Interrupt {
     }
 }
 
+/// Whether the one thing on the output stream is JSON; what people read goes to the error stream then.
+static JSON: AtomicBool = AtomicBool::new(false);
+
 /// Runs the demo to its exit status.
-pub(crate) fn main(args: &DemoArgs) -> Exit {
-    match run(args) {
-        Ok(exit) => exit,
-        Err(error) if error.is::<Interrupted>() => {
-            eprintln!("demo: {error}");
-            Exit::Cancelled
-        }
-        Err(error) => {
-            eprintln!("demo: {error:#}");
-            Exit::Error
+pub(crate) fn main(args: &DemoArgs, output: Output) -> Result<Exit, Failure> {
+    JSON.store(output == Output::Json, Ordering::Relaxed);
+    run(args).map_err(|error| failure(&error))
+}
+
+/// The demo's end as name, cause and fix: those of whoever refused something, where they are known.
+fn failure(error: &anyhow::Error) -> Failure {
+    if error.is::<Interrupted>() {
+        let fix = "run it again; nothing is left of it";
+        return Failure { exit: Exit::Cancelled, ..Failure::local("interrupted", error, fix) };
+    }
+    let cause = format!("{error:#}");
+    match error.downcast_ref::<ErrorBody>() {
+        Some(body) if body.to_string() == cause => Failure::from(body.clone()),
+        Some(body) => Failure { exit: Exit::Error, ..Failure::local(&body.name, cause, body.fix.clone()) },
+        None => {
+            let fix = "everything was removed again; `decant doctor` checks what it needs of this machine";
+            Failure::local("the demo failed", cause, fix)
         }
     }
 }
@@ -133,7 +148,8 @@ fn run(args: &DemoArgs) -> anyhow::Result<Exit> {
     if let Some(run) = &args.clean {
         preflight::root()?;
         site::clean(run)?;
-        println!("{run} is removed");
+        deliver_json(&serde_json::json!({ "removed": run }))?;
+        say(format_args!("{run} is removed"));
         return Ok(Exit::Done);
     }
     preflight::run(args)?;
@@ -158,5 +174,34 @@ fn run(args: &DemoArgs) -> anyhow::Result<Exit> {
 
 /// A line that says what happens now.
 pub(crate) fn say(text: impl std::fmt::Display) {
-    crate::cli::output::print(&text.to_string());
+    if JSON.load(Ordering::Relaxed) {
+        eprintln!("{text}");
+    } else {
+        crate::cli::output::print(&text.to_string());
+    }
+}
+
+/// Has `command` say what it says where [`say`] does.
+pub(crate) fn say_there(command: &mut Command) -> anyhow::Result<&mut Command> {
+    use std::os::fd::AsFd as _;
+    if JSON.load(Ordering::Relaxed) {
+        command.stdout(std::io::stderr().as_fd().try_clone_to_owned().context("keeping the error stream")?);
+    }
+    Ok(command)
+}
+
+/// Gives a report to whoever wants it: to the file of `--report`, and to the output stream with `-o json`.
+pub(crate) fn deliver(args: &DemoArgs, report: &impl serde::Serialize) -> anyhow::Result<()> {
+    if let Some(path) = &args.report {
+        let text = serde_json::to_string_pretty(report)? + "\n";
+        std::fs::write(path, text).with_context(|| format!("writing {}", path.display()))?;
+    }
+    deliver_json(report)
+}
+
+fn deliver_json(report: &impl serde::Serialize) -> anyhow::Result<()> {
+    if JSON.load(Ordering::Relaxed) {
+        crate::cli::output::print(&serde_json::to_string_pretty(report)?);
+    }
+    Ok(())
 }

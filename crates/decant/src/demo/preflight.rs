@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
+use decant_api::{Code, ErrorBody};
 
 use super::{DemoArgs, say};
 use crate::cli::doctor::{Check, Verdict, checks, find_program};
@@ -15,28 +16,40 @@ const MIN_SIZE: u64 = 64 << 20;
 
 /// Fails unless root runs this.
 pub(crate) fn root() -> anyhow::Result<()> {
-    if !rustix::process::geteuid().is_root() {
-        bail!("not root: the demo makes namespaces, mounts and loop devices; run it with sudo");
+    let uid = rustix::process::geteuid();
+    if !uid.is_root() {
+        let cause = format!("this is user {}, and the demo makes namespaces, mounts and loop devices", uid.as_raw());
+        return Err(unfit("not root", cause, "run it as root"));
     }
     Ok(())
+}
+
+/// What is missing here, with what to do.
+fn unfit(name: &str, cause: impl Into<String>, fix: impl Into<String>) -> anyhow::Error {
+    ErrorBody::new(Code::Unavailable, name, cause, fix).into()
+}
+
+fn misused(cause: String) -> anyhow::Error {
+    ErrorBody::new(Code::InvalidRequest, "sizes do not fit", cause, "see `decant demo --help`").into()
 }
 
 /// Checks everything; installs missing programs where apt is.
 pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<()> {
     root()?;
     if args.size.0 < MIN_SIZE || !args.size.0.is_multiple_of(4096) {
-        bail!("--size {}: it must be a multiple of 4 KiB and at least {}", args.size, decant_base::Bytes(MIN_SIZE));
+        let least = decant_base::Bytes(MIN_SIZE);
+        return Err(misused(format!("--size {} must be a multiple of 4 KiB and at least {least}", args.size)));
     }
     if args.used.0 > args.size.0 / 2 {
-        bail!("--used {}: it must be at most half of --size {}", args.used, args.size);
+        return Err(misused(format!("--used {} must be at most half of --size {}", args.used, args.size)));
     }
     std::fs::create_dir_all(&args.dir).with_context(|| format!("making {}", args.dir.display()))?;
     install_programs()?;
     let lacking: Vec<Check> = checks(&args.dir).into_iter().filter(|check| check.verdict == Verdict::Missing).collect();
     if !lacking.is_empty() {
-        let lines: Vec<String> =
-            lacking.iter().map(|check| format!("\n  {}: {}; {}", check.name, check.found, check.fix)).collect();
-        bail!("this machine cannot run it:{}", lines.concat());
+        let of = |part: fn(&Check) -> String| lacking.iter().map(part).collect::<Vec<_>>().join("; ");
+        let cause = of(|check| format!("{}: {}", check.name, check.found));
+        return Err(unfit("this machine cannot run it", cause, of(|check| check.fix.clone())));
     }
     Ok(())
 }
@@ -50,7 +63,8 @@ fn install_programs() -> anyhow::Result<()> {
     }
     let list = packages.join(" ");
     if !Path::new("/usr/bin/apt-get").exists() {
-        bail!("missing: {list}; install them with this system's package manager");
+        let fix = "install them with this system's package manager";
+        return Err(unfit("programs are missing", format!("there is no apt-get to install {list}"), fix));
     }
     say(format_args!("installing {list} with apt-get"));
     for arguments in
@@ -64,7 +78,8 @@ fn install_programs() -> anyhow::Result<()> {
             .status()
             .context("running apt-get")?;
         if !status.success() {
-            bail!("apt-get {} failed ({status}); install {list} by hand", arguments.join(" "));
+            let cause = format!("apt-get {} failed ({status})", arguments.join(" "));
+            return Err(unfit("programs are missing", cause, format!("install {list} by hand")));
         }
     }
     Ok(())

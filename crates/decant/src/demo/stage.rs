@@ -65,7 +65,7 @@ pub(crate) fn volume_id(name: &str) -> VolumeId {
 /// An agent's refusal as an error of the demo.
 pub(crate) fn refused(what: &str) -> impl FnOnce(Failure) -> anyhow::Error {
     let what = what.to_owned();
-    move |failure| anyhow::anyhow!("{what}: {}", failure.body)
+    move |failure| anyhow::Error::from(*failure.body).context(what)
 }
 
 impl<'a> Stage<'a> {
@@ -146,6 +146,7 @@ impl<'a> Stage<'a> {
             limits: Limits::default(),
             address_index: 0,
             group: None,
+            needs: Default::default(),
         };
         let mut agent = self.site.worker(worker).agent();
         let _: Machine = agent.post("/v1/machines", &RunMachine { spec }).map_err(refused("running the machine"))?;
@@ -228,7 +229,7 @@ impl<'a> Stage<'a> {
     /// Stops and removes a machine, and its volume with it.
     pub(crate) fn remove_machine(&self, worker: u32, machine: &str) -> anyhow::Result<()> {
         self.stop_machine(worker, machine)?;
-        let at = path::remove_machine(&machine_id(machine), true);
+        let at = path::remove_machine(&machine_id(machine), true, false);
         self.site.worker(worker).agent().delete(&at).map_err(refused("removing the machine"))?;
         Ok(())
     }
@@ -288,23 +289,20 @@ impl<'a> Stage<'a> {
         let protocol = self.args.protocol.to_string();
         let shown = if self.args.protocol == Protocol::Nbd { String::new() } else { format!(" --protocol {protocol}") };
         say(format_args!("$ decant drain {} --to {}{shown} --reason '{reason}'", source.name, destination.name));
-        let status = Command::new(self.site.program())
-            .arg("--socket")
-            .arg(source.socket())
-            .args([
-                "drain",
-                source.name.as_str(),
-                "--to",
-                destination.name.as_str(),
-                "--id",
-                id.as_str(),
-                "--protocol",
-                &protocol,
-                "--reason",
-                reason,
-            ])
-            .status()
-            .context("running decant drain")?;
+        let mut command = Command::new(self.site.program());
+        command.arg("--socket").arg(source.socket()).args([
+            "drain",
+            source.name.as_str(),
+            "--to",
+            destination.name.as_str(),
+            "--id",
+            id.as_str(),
+            "--protocol",
+            &protocol,
+            "--reason",
+            reason,
+        ]);
+        let status = super::say_there(&mut command)?.status().context("running decant drain")?;
         self.interrupt.check()?;
         ensure!(
             status.success(),
