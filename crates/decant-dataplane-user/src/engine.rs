@@ -36,7 +36,7 @@ use rustix::io::Errno;
 
 use crate::device::{Origin, ReadSink};
 use crate::fuse::{Backend, Served};
-pub use disk::{Disk, Files, Medium, open_image};
+pub use disk::{Disk, Files, Medium, Note, beside, open_image};
 pub use export::Export;
 pub use open::{Mode, OpenError, Options, boot_id};
 pub use verify::VerifyError;
@@ -92,6 +92,7 @@ struct Early {
     eio: bool,
     boot: bool,
     link: Option<(bool, String)>,
+    most_waiting: Option<usize>,
 }
 
 enum Life {
@@ -232,7 +233,12 @@ impl Engine {
                 Ok(())
             }
             Life::Clone(core) => {
-                let outcome = core.park(self.now(), sectors(&bytes), sink, &mut plans);
+                let (now, sectors) = (self.now(), sectors(&bytes));
+                let mut outcome = core.park(now, sectors.clone(), sink, &mut plans);
+                if let Err(NotParked::Full(sink)) = outcome {
+                    core.drop_unwanted(|sink| sink.is_wanted());
+                    outcome = core.park(now, sectors, sink, &mut plans);
+                }
                 crowded = core.stalls_at().is_some();
                 outcome
             }
@@ -434,6 +440,16 @@ impl Engine {
             Life::Clone(core) => core.set_limit(self.now(), limit),
         }
         self.pump();
+    }
+
+    /// How many reads may wait for a silent origin for as long as it takes, where it is not a loop device that they take tags
+    /// from; at most [`decant_clone::demand::MAX_PARKED`], beyond which a read fails at once.
+    pub fn set_most_waiting(&self, reads: usize) {
+        match &mut *lock(&self.life) {
+            Life::Plain => {}
+            Life::Prepared(early) => early.most_waiting = Some(reads),
+            Life::Clone(core) => core.set_most_waiting(reads),
+        }
     }
 
     /// What reads of missing blocks get while the origin is away.
