@@ -35,10 +35,10 @@ use decant_dataplane::{CloneStatus, MissingPolicy, Verification};
 use rustix::io::Errno;
 
 use crate::device::{Origin, ReadSink};
-use crate::fuse::{Backend, Served};
+use crate::fuse::{Backend, LaterChange, Served};
 pub use disk::{Disk, Files, Medium, Note, beside, open_image};
 pub use export::Export;
-pub use open::{Mode, OpenError, Options, boot_id};
+pub use open::{Mode, OpenError, Options, boot_id, map_bytes};
 pub use verify::VerifyError;
 
 /// Crash points of the engine, in the order of a commit and of a volume's life.
@@ -551,12 +551,12 @@ impl Backend for Engine {
         Self::park(self, offset, length, sink);
     }
 
-    fn write(&self, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
-        Self::write(self, offset, data)
+    fn write(&self, offset: u64, data: &mut [u8], _later: &mut LaterChange<'_>) -> Result<Served, Errno> {
+        Self::write(self, offset, data).map(|()| Served::Done)
     }
 
-    fn discard(&self, offset: u64, length: u64) -> Result<(), Errno> {
-        Self::discard(self, offset, length)
+    fn discard(&self, offset: u64, length: u64, _later: &mut LaterChange<'_>) -> Result<Served, Errno> {
+        Self::discard(self, offset, length).map(|()| Served::Done)
     }
 
     fn flush(&self) -> Result<(), Errno> {

@@ -283,7 +283,13 @@ impl Disk for Files {
 
     fn open_map(&self) -> Result<Option<Arc<dyn Medium>>, Errno> {
         match std::fs::OpenOptions::new().read(true).write(true).open(&self.map) {
-            Ok(file) => Ok(Some(Arc::new(FilePart::whole(file)))),
+            Ok(file) => {
+                // Copied from elsewhere, it may have become sparse.
+                if self.reserved == u64::MAX {
+                    self.reserve(&file, file.metadata().map_err(errno)?.len())?;
+                }
+                Ok(Some(Arc::new(FilePart::whole(file))))
+            }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(errno(error)),
         }

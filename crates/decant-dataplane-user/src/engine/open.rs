@@ -49,6 +49,11 @@ pub fn boot_id() -> std::io::Result<String> {
     Ok(std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
 
+/// Bytes of a map: superblocks, pages, and a live table of the usual length.
+pub fn map_bytes(shape: Shape) -> u64 {
+    (shape.pages() * 2 + 2) * BLOCK + (64 << 10)
+}
+
 /// Why an engine does not open or begin.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
@@ -100,9 +105,7 @@ impl Engine {
         let map = options.disk.open_map().map_err(io("open the clone's map"))?;
         let (life, files, verified) = match (options.mode, map) {
             (Mode::Prepared, None) => {
-                // Superblocks, pages, and a live table of the usual length.
-                let length = (options.shape.pages() * 2 + 2) * BLOCK + (64 << 10);
-                options.disk.reserve_map(length).map_err(io("make room for the clone's map"))?;
+                options.disk.reserve_map(map_bytes(options.shape)).map_err(io("make room for the clone's map"))?;
                 (Life::Prepared(Early::default()), None, None)
             }
             (Mode::Plain, None) => (Life::Plain, None, None),
