@@ -322,13 +322,12 @@ impl Worker {
 
 /// Makes the reply of a change that has to wait.
 fn later(connection: &Arc<Connection>, unique: u64, body: Body) -> impl FnMut() -> Box<dyn ChangeSink> {
-    let connection = Arc::clone(connection);
     move || {
         if !connection.park(unique) {
             // It is found unwanted, and is not made.
             let _ = send(&connection.device, unique, Err(Errno::INTR));
         }
-        Box::new(Reply::new(&connection, unique, body))
+        Box::new(Reply::new(connection, unique, body))
     }
 }
 

@@ -40,7 +40,7 @@ fn signal(tool: &Tool, signal: Signal) {
 }
 
 fn is_silent(place: &Place) -> bool {
-    place.status()["hindrance"].as_str().is_some_and(|why| why.starts_with("STALLED: nothing from the origin"))
+    place.status()["hindrance"].as_str().is_some_and(|why| why.starts_with("STALLED"))
 }
 
 #[test]

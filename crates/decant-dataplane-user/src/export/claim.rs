@@ -11,7 +11,8 @@
 //!
 //! What this cannot see: whoever comes later (a block device that is being written, and one that is a clone's origin, keeps its
 //! O_EXCL claim, so that it cannot be mounted; nobody else is kept out but decant), users on other hosts of a network file
-//! system or of a shared disk, and, without root, what processes of other users have open where the kernel does not tell.
+//! system or of a shared disk, and what processes that /proc does not show have open where the kernel does not tell: without root
+//! those of other users, inside a container those outside it.
 
 #![allow(unsafe_code)]
 

@@ -317,10 +317,17 @@ impl FileFront {
     }
 
     fn serve(path: &Path, engine: Arc<Engine>) -> std::io::Result<Session> {
+        let backend = Arc::new(AnyByte::new(engine)?);
         let mount = Mount::on_file("decant-clone", SUBTYPE)?;
         mount.attach(path)?;
-        let backend = Arc::new(AnyByte::new(engine)?);
-        Session::start_on_file(Arc::new(mount.device), backend, FUSE_THREADS)
+        let session = Session::start_on_file(Arc::new(mount.device), backend, FUSE_THREADS);
+        // The kernel learns the size. As long as it takes the file for empty, it lets one write at a time go "beyond its end"
+        // (fuse_io_past_eof in fs/fuse/file.c), and one that waits for the origin would hold up all others.
+        let session = session.and_then(|session| std::fs::metadata(path).map(|_| session));
+        if session.is_err() {
+            let _ = rustix::mount::unmount(path, UnmountFlags::DETACH);
+        }
+        session
     }
 }
 
