@@ -40,7 +40,8 @@ pub enum Address {
 impl Address {
     /// Of a host, by its address (an IPv6 one perhaps in brackets) or its name, which is not looked up here.
     pub fn of_host(host: &str, port: u16) -> Self {
-        match host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>() {
+        let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        match bare.parse::<IpAddr>() {
             Ok(ip) => Self::Tcp(SocketAddr::new(ip, port)),
             Err(_) => Self::Name { host: host.to_owned(), port },
         }
