@@ -1,7 +1,7 @@
 //! The state of each block, in memory.
 //!
 //! Untouched pages cost a null pointer: their blocks are as at the seal, missing where live and discarded elsewhere. A page
-//! whose blocks all reach one state gives its entries up again. What remains is 4 KiB per 63 MiB of mixed volume (per
+//! whose blocks all reach one state, none of them in part, gives its entries up again. What remains is 4 KiB per 63 MiB of mixed volume (per
 //! 7.9 MiB on 512-byte sectors).
 
 use std::collections::BTreeSet;
@@ -403,8 +403,7 @@ impl BlockMap {
         set_cell(shape, cells, index, to);
         page.counts[was as usize] -= 1;
         page.counts[to.state as usize] += 1;
-        let settled = matches!(to.state, State::Written | State::Discarded) || !shape.has_masks();
-        if settled && page.counts[to.state as usize] == length {
+        if page.counts[to.state as usize] == length && !(shape.has_masks() && has_masks_set(cells)) {
             page.cells = Cells::Uniform(to.state);
         }
     }
@@ -460,7 +459,8 @@ impl BlockMap {
             self.counts[state] = self.counts[state] - before[state] + u64::from(counts[state]);
         }
         let length = (blocks.end - blocks.start) as u32;
-        let uniform = [State::Written, State::Discarded].into_iter().find(|&state| counts[state as usize] == length);
+        let settled = !(self.shape.has_masks() && has_masks_set(cells));
+        let uniform = State::ALL.into_iter().find(|&state| settled && counts[state as usize] == length);
         let cells = uniform.map_or_else(|| Cells::Mixed(Box::new(*cells)), Cells::Uniform);
         self.pages[page as usize] = Some(Box::new(Page { cells, counts }));
         sane
@@ -503,6 +503,11 @@ fn cell(shape: Shape, cells: &[u8; ENTRY_BYTES], index: usize) -> Entry {
     } else {
         Entry::of(State::of(cells[index / 4] >> (index % 4 * 2)))
     }
+}
+
+/// Whether any of the entries of a page with masks has one.
+fn has_masks_set(cells: &[u8; ENTRY_BYTES]) -> bool {
+    cells.iter().skip(1).step_by(2).any(|&mask| mask != 0)
 }
 
 fn set_cell(shape: Shape, cells: &mut [u8; ENTRY_BYTES], index: usize, to: Entry) {

@@ -12,19 +12,20 @@
 //! A read overlaps a write or a store at its own risk, as on any disk: it gets bytes from before or after, never others.
 
 mod hydrate;
+mod report;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
 use std::time::Duration;
 
-use decant_base::{BLOCK, ExtentSet};
+use decant_base::BLOCK;
 
 use crate::blocks::{BlockMap, State};
-use crate::demand::{Parked, STALLED_AFTER, STALLED_READS, Streams, Waiting};
+use crate::demand::{MAX_PARKED, Parked, STALLED_AFTER, STALLED_READS, Streams, Waiting};
 use crate::file::MapFile;
 use crate::marks::{Mark, MarkKind};
 use crate::pace::{Pace, Sent};
-use crate::progress::{Facts, Progress, Rate};
+use crate::progress::Rate;
 use crate::shape::SECTORS_PER_BLOCK;
 
 /// A block that the origin cannot read is tried again after this.
@@ -86,6 +87,15 @@ pub struct Plan {
     pub class: Class,
 }
 
+/// What an origin answered with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Came {
+    /// Bytes.
+    Data,
+    /// The word that there are none: zeros, which cost the link nothing.
+    Hole,
+}
+
 /// What to do with fetched bytes; reused from call to call.
 #[derive(Debug)]
 pub struct Arrival<W> {
@@ -119,9 +129,9 @@ pub enum NotParked<W> {
     /// All of it is here by now: read the file.
     Here(W),
     /// Policy says EIO while the origin is away; or so many reads wait for an origin that is silent that one more would be in the
-    /// way of writes ([`STALLED_READS`]).
+    /// way of writes ([`CloneCore::set_most_waiting`]).
     Refused(W),
-    /// More reads wait than any front end sends.
+    /// [`MAX_PARKED`] reads wait already.
     Full(W),
 }
 
@@ -158,7 +168,9 @@ pub struct CloneCore<W> {
     bulk_in_flight: u64,
     bulk_fetches: usize,
     parked: Parked<W>,
-    /// Since when more than [`STALLED_READS`] wait and nothing comes.
+    /// So many reads may wait for as long as it takes.
+    most_waiting: usize,
+    /// Since when more than `most_waiting` wait and nothing comes.
     crowded: Option<Duration>,
     /// Reads failed because of that, since something came last.
     shed: u64,
@@ -178,6 +190,7 @@ pub struct CloneCore<W> {
     link_since: Duration,
     no_room_until: Option<Duration>,
     hydrate: bool,
+    paused: bool,
     boot: Option<Boot>,
     next_id: u64,
     next_mark: u64,
@@ -196,6 +209,7 @@ impl<W> CloneCore<W> {
             bulk_in_flight: 0,
             bulk_fetches: 0,
             parked: Parked::new(),
+            most_waiting: STALLED_READS,
             crowded: None,
             shed: 0,
             streams: Streams::default(),
@@ -214,6 +228,7 @@ impl<W> CloneCore<W> {
             link_since: now,
             no_room_until: None,
             hydrate: true,
+            paused: false,
             boot: None,
             next_id: 0,
             next_mark: 0,
@@ -256,12 +271,12 @@ impl<W> CloneCore<W> {
         if !self.connected && self.eio_when_away {
             return Err(NotParked::Refused(waiter));
         }
-        if self.shed > 0 && self.parked.len() >= STALLED_READS {
+        if self.shed > 0 && self.parked.len() >= self.most_waiting {
             self.shed += 1;
             return Err(NotParked::Refused(waiter));
         }
         self.parked.push(sectors.clone(), waiter).map_err(NotParked::Full)?;
-        if self.parked.len() > STALLED_READS {
+        if self.parked.len() > self.most_waiting {
             self.crowded.get_or_insert(now);
         }
         let blocks = blocks_of(&sectors);
@@ -275,14 +290,25 @@ impl<W> CloneCore<W> {
         Ok(())
     }
 
-    /// Fails the reads beyond [`STALLED_READS`] that came last, if nothing has come from the origin for [`STALLED_AFTER`]; to be
+    /// So many reads may wait for a silent origin for as long as it takes: [`STALLED_READS`] unless it is said otherwise, for a
+    /// front end whose waiting reads take room from its writes; up to [`MAX_PARKED`] for one where they do not.
+    pub fn set_most_waiting(&mut self, reads: usize) {
+        self.most_waiting = reads.min(MAX_PARKED);
+    }
+
+    /// Forgets reads that nobody waits for any more, where `is_wanted` says so.
+    pub fn drop_unwanted(&mut self, is_wanted: impl Fn(&W) -> bool) {
+        self.parked.retain(is_wanted);
+    }
+
+    /// Fails the reads beyond those that may wait that came last, if nothing has come from the origin for [`STALLED_AFTER`]; to be
     /// called when [`CloneCore::stalls_at`] says so. Returns whether these are the first since something came.
     pub fn shed_reads(&mut self, now: Duration, failed: &mut Vec<Waiting<W>>) -> bool {
         if self.stalls_at().is_none_or(|at| now < at) {
             return false;
         }
         let before = failed.len();
-        self.parked.shed(STALLED_READS, failed);
+        self.parked.shed(self.most_waiting, failed);
         let first = self.shed == 0;
         self.shed += (failed.len() - before) as u64;
         self.crowded = None;
@@ -291,7 +317,7 @@ impl<W> CloneCore<W> {
 
     /// When reads are to fail for want of tags, if nothing comes from the origin until then.
     pub fn stalls_at(&self) -> Option<Duration> {
-        (self.parked.len() > STALLED_READS).then_some(self.crowded? + STALLED_AFTER)
+        (self.parked.len() > self.most_waiting).then_some(self.crowded? + STALLED_AFTER)
     }
 
     /// Something came from the origin.
@@ -410,18 +436,24 @@ impl<W> CloneCore<W> {
 
     // ---- fetched bytes ----
 
-    /// Bytes of `blocks` arrived for `token`: what to store and whom to answer goes to `arrival`.
-    pub fn begin_store(&mut self, now: Duration, token: u64, blocks: Range<u64>, arrival: &mut Arrival<W>) {
+    /// `blocks` arrived for `token`: what to store and whom to answer goes to `arrival`.
+    pub fn begin_store(&mut self, now: Duration, token: u64, blocks: Range<u64>, came: Came, arrival: &mut Arrival<W>) {
         let shape = self.map.shape();
         arrival.store.clear();
         arrival.blocks = blocks.clone();
         let bytes = shape.bytes_of(blocks.clone());
         let bytes = bytes.end - bytes.start;
-        self.fetched_bytes += bytes;
-        self.rate.add(now, bytes);
         self.heard(now);
         if let Some(fetch) = self.tokens.get(&token).and_then(|start| self.in_flight.get_mut(start)) {
+            // A hole counts as delivered, so that the window over a long link stays wide where there is nothing to carry.
             self.pace.arrived(now, &mut fetch.sent, bytes);
+            if came == Came::Hole && fetch.class == Class::Bulk {
+                self.pace.give_back(bytes);
+            }
+        }
+        if came == Came::Data {
+            self.fetched_bytes += bytes;
+            self.rate.add(now, bytes);
         }
         let chunk = blocks.start * SECTORS_PER_BLOCK..blocks.end * SECTORS_PER_BLOCK;
         let (map, writing) = (&self.map, &self.writing);
@@ -488,14 +520,13 @@ impl<W> CloneCore<W> {
             return;
         }
         if fetch.class == Class::Demand {
-            let map = &self.map;
-            self.parked.take(
-                |read| {
-                    let read = blocks_of(read);
-                    map.next_in(read.start.max(blocks.start)..read.end.min(blocks.end), State::Missing).is_some()
-                },
-                failed,
-            );
+            // Only a read that asked for all of what failed has a bad block for certain: what was fetched ahead of one, or for
+            // another, says nothing about it, so it stays parked and its own blocks are asked for by themselves.
+            let is_its_own = |read: &Range<u64>| {
+                let read = blocks_of(read);
+                read.start <= blocks.start && blocks.end <= read.end
+            };
+            self.parked.take(is_its_own, failed);
         }
         // Halves at once, a single block later: the readable rest of a run does not wait for the unreadable block in it.
         let middle = left.start + (blocks.end - left.start) / 2;
@@ -526,7 +557,12 @@ impl<W> CloneCore<W> {
         self.pace.set_limit(now, limit);
     }
 
-    /// Holds the hydration back, or lets it go on; reads are served in any case.
+    /// A person pauses the hydration, or lets it go on; reads are served in any case.
+    pub fn set_paused(&mut self, paused: bool) {
+        self.paused = paused;
+    }
+
+    /// Holds the hydration back for the medium's sake, or lets it go on; reads are served in any case.
     pub fn set_hydrate(&mut self, on: bool) {
         self.hydrate = on;
     }
@@ -569,52 +605,6 @@ impl<W> CloneCore<W> {
     /// Whether the origin answers.
     pub fn connected(&self) -> bool {
         self.connected
-    }
-
-    /// How far it is. `ranges`: how many missing runs to name.
-    pub fn progress(&mut self, now: Duration, ranges: usize) -> Progress {
-        let rate = self.rate.per_second(now);
-        self.best_rate = self.best_rate.max(rate);
-        let in_flight: u64 = self.in_flight.iter().map(|(start, fetch)| (fetch.end - start) * BLOCK).sum();
-        let facts = Facts {
-            unfinished: self.map.count(State::Missing) > 0,
-            connected: self.connected,
-            link: self.link.clone(),
-            link_age: now.saturating_sub(self.link_since),
-            silent: if in_flight > 0 { now.saturating_sub(self.last_arrival) } else { Duration::ZERO },
-            no_room: self.no_room_until.is_some(),
-            unreadable: self.retry.iter().filter(|(_, due)| *due > now).map(|(range, _)| range.end - range.start).sum(),
-            parked: self.parked.len(),
-            shed: self.shed,
-            rate,
-            best_rate: self.best_rate,
-            limit: self.pace.limit(),
-            paused: !self.hydrate,
-        };
-        Progress {
-            total: self.map.live().len() * BLOCK,
-            filled: self.map.count(State::Fetched) * BLOCK,
-            written: self.map.written_live() * BLOCK,
-            discarded: self.map.discarded_live() * BLOCK,
-            missing: self.map.count(State::Missing) * BLOCK,
-            fetched: self.fetched_bytes,
-            rate,
-            parked: self.parked.len() as u64,
-            in_flight,
-            hindrance: facts.hindrance(),
-            missing_ranges: self.missing_ranges(ranges),
-        }
-    }
-
-    fn missing_ranges(&self, limit: usize) -> ExtentSet {
-        let mut ranges = ExtentSet::new();
-        let mut at = 0;
-        for _ in 0..limit {
-            let Some(run) = self.map.next_in(at..self.map.shape().blocks(), State::Missing) else { break };
-            at = run.end;
-            ranges.insert(self.map.shape().bytes_of(run));
-        }
-        ranges
     }
 }
 

@@ -3,15 +3,16 @@
 use std::ops::Range;
 use std::time::Duration;
 
-/// So many reads may wait for an origin for as long as it takes. A loop device has 128 tags and no scheduler keeps some of them
+/// So many reads may wait for an origin for as long as it takes, where a loop device is the front end. A loop device has 128 tags and no scheduler keeps some of them
 /// for writes (the limits of kyber, mq-deadline and bfq are for everything but synchronous reads), so that with all tags taken by
 /// reads that wait no write, no flush and no `sync` of the whole host would ever end. 32 remain for those.
 pub const STALLED_READS: usize = 96;
-/// Beyond [`STALLED_READS`], reads fail once nothing came from the origin for so long: what a peer that owes an answer is given,
+/// Beyond those that may wait, reads fail once nothing came from the origin for so long: what a peer that owes an answer is given,
 /// so that a connection that breaks and is made again costs no read.
 pub const STALLED_AFTER: Duration = Duration::from_secs(10);
-/// More than any front end sends: a bound, not a working point.
-pub const MAX_PARKED: usize = 1024;
+/// The most reads that may wait: what eight connections of a kernel's NBD client send, twice. A bound for memory, and for the
+/// time that looking through them takes.
+pub const MAX_PARKED: usize = 2048;
 /// The first read-ahead of a sequential reader, 32 KiB.
 const FIRST_AHEAD: u64 = 8;
 /// The longest, 1 MiB.
@@ -69,6 +70,11 @@ impl<W> Parked<W> {
                 index += 1;
             }
         }
+    }
+
+    /// Forgets those whose waiter `is_wanted` turns down.
+    pub fn retain(&mut self, is_wanted: impl Fn(&W) -> bool) {
+        self.reads.retain(|read| is_wanted(&read.waiter));
     }
 
     /// Moves those that came last to `out`, until `most` are left.

@@ -36,6 +36,6 @@ pub mod shape;
 pub mod verify;
 
 pub use crate::blocks::{BlockMap, Entry, State};
-pub use crate::core::{Arrival, Begin, Class, CloneCore, Kind, Plan, WriteId};
+pub use crate::core::{Arrival, Begin, Came, Class, CloneCore, Kind, Plan, WriteId};
 pub use crate::file::{Commit, Identity, MapError, MapFile, Scope, SyncedWrite};
 pub use crate::shape::{Shape, ShapeError};

@@ -108,7 +108,9 @@ impl Pace {
             if earned == 0 {
                 return;
             }
-            self.tokens = self.tokens.saturating_add(earned.min(1 << 40) as i64).min(self.burst());
+            // Credit for holes is kept, and does not grow by itself.
+            let most = self.burst().max(self.tokens);
+            self.tokens = self.tokens.saturating_add(earned.min(1 << 40) as i64).min(most);
         }
         self.refilled = now;
     }
@@ -172,6 +174,15 @@ impl Pace {
             self.tokens = self.tokens.saturating_sub(bytes.min(1 << 40) as i64);
         }
         Sent { at: now, delivered: self.delivered, answered: false }
+    }
+
+    /// So much of a fetch that was charged was a hole, and cost nothing: its charge is given back, and as much credit again, so
+    /// that a long link is full of such questions soon. A second's worth at most, which is what may come beyond the limit where
+    /// data follows holes.
+    pub fn give_back(&mut self, bytes: u64) {
+        let Some(rate) = self.limit else { return };
+        let most = (rate.min(1 << 40) as i64).max(self.burst());
+        self.tokens = self.tokens.saturating_add(2 * bytes.min(1 << 40) as i64).min(most);
     }
 
     /// Bytes of a fetch arrived.

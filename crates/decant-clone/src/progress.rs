@@ -54,7 +54,7 @@ pub struct Progress {
     pub discarded: u64,
     /// Only at the origin. A block of which some sectors were written here counts whole.
     pub missing: u64,
-    /// Received from the origin, what was thrown away included.
+    /// Received from the origin, what was thrown away included, holes not.
     pub fetched: u64,
     /// Received per second over the last three seconds.
     pub rate: u64,
@@ -87,6 +87,8 @@ pub struct Facts {
     pub unreadable: u64,
     /// Reads that wait.
     pub parked: usize,
+    /// So many of them may wait for as long as it takes.
+    pub most_waiting: usize,
     /// Reads that failed because too many wait.
     pub shed: u64,
     /// The rate now.
@@ -95,8 +97,10 @@ pub struct Facts {
     pub best_rate: u64,
     /// The limit.
     pub limit: Option<u64>,
-    /// The caller holds the hydration back.
+    /// A person paused the hydration.
     pub paused: bool,
+    /// It is held back for the medium's sake.
+    pub held: bool,
 }
 
 /// Below this share of its best rate a hydration is called SLOW.
@@ -111,7 +115,7 @@ impl Facts {
             return String::new();
         }
         if self.no_room {
-            return "STALLED: no room on this worker; hydration is paused, the origin is kept; free space and it goes on".into();
+            return "STALLED: no room here; hydration is paused, the origin is kept; free space and it goes on".into();
         }
         if self.shed > 0 {
             return format!(
@@ -123,7 +127,7 @@ impl Facts {
             let what = if self.link.is_empty() { "no session yet" } else { &self.link };
             return format!("STALLED: the origin does not answer for {} s ({what})", self.link_age.as_secs());
         }
-        if self.parked > crate::demand::STALLED_READS {
+        if self.parked > self.most_waiting {
             return format!("STALLED: {} reads wait for the origin", self.parked);
         }
         if self.silent > SILENCE {
@@ -133,7 +137,10 @@ impl Facts {
             return format!("SLOW: the origin cannot read {} blocks; they are tried again", self.unreadable);
         }
         if self.paused {
-            return "THROTTLED: this worker's disk takes no more for now".into();
+            return "PAUSED: only what somebody reads is fetched".into();
+        }
+        if self.held {
+            return "THROTTLED: the local disk takes no more for now".into();
         }
         match self.limit {
             Some(limit) if self.rate.saturating_mul(5) >= limit.saturating_mul(4) || limit < self.best_rate => {
@@ -165,7 +172,14 @@ mod tests {
 
     #[test]
     fn each_hindrance_has_its_word() {
-        let base = Facts { unfinished: true, connected: true, rate: 100, best_rate: 100, ..Facts::default() };
+        let base = Facts {
+            unfinished: true,
+            connected: true,
+            most_waiting: 96,
+            rate: 100,
+            best_rate: 100,
+            ..Facts::default()
+        };
         let check = |facts: Facts, word: &str| {
             assert!(facts.hindrance().starts_with(word), "{:?} is not {word}", facts.hindrance())
         };
@@ -179,6 +193,10 @@ mod tests {
         );
         check(Facts { silent: Duration::from_secs(4), ..base.clone() }, "STALLED");
         check(Facts { limit: Some(100), ..base.clone() }, "THROTTLED");
+        check(Facts { held: true, ..base.clone() }, "THROTTLED: the local disk");
+        // Whoever paused it is not told of a disk that is slow.
+        check(Facts { paused: true, held: true, ..base.clone() }, "PAUSED");
+        check(Facts { parked: 97, most_waiting: 1000, paused: true, ..base.clone() }, "PAUSED");
         check(Facts { rate: 5, ..base.clone() }, "SLOW");
         assert_eq!(Facts { unfinished: false, no_room: true, ..base }.hindrance(), "");
     }

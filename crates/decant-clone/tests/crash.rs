@@ -14,7 +14,7 @@ use decant_base::{Extent, ExtentSet};
 use decant_clone::file::{Found, set_intent};
 use decant_clone::marks::{HEAD, Mark, RECORD, head, offset_of};
 use decant_clone::{
-    Arrival, Begin, BlockMap, CloneCore, Commit, Identity, Kind, MapFile, Plan, Scope, Shape, State, SyncedWrite,
+    Arrival, Begin, BlockMap, Came, CloneCore, Commit, Identity, Kind, MapFile, Plan, Scope, Shape, State, SyncedWrite,
     WriteId,
 };
 
@@ -457,7 +457,7 @@ impl Run {
             *at = piece.end;
             let mut arrival = Arrival::new();
             let token = plan.token;
-            self.core.begin_store(self.now, token, piece, &mut arrival);
+            self.core.begin_store(self.now, token, piece, Came::Data, &mut arrival);
             for read in arrival.direct.drain(..) {
                 for sector in read.sectors {
                     assert_eq!(

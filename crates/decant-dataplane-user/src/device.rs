@@ -13,6 +13,11 @@ pub trait ReadSink: Send {
     /// Called once, from whichever thread made the bytes available, with plaintext of exactly the length asked for, or with
     /// the error that policy, `stop` or a failed medium demands.
     fn complete(self: Box<Self>, result: Result<&[u8], Errno>);
+
+    /// Whether anybody still waits: a connection goes, a reader is killed, and what it asked for makes room where that is short.
+    fn is_wanted(&self) -> bool {
+        true
+    }
 }
 
 /// One request to an origin.

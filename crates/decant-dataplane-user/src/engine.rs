@@ -35,10 +35,10 @@ use decant_dataplane::{CloneStatus, MissingPolicy, Verification};
 use rustix::io::Errno;
 
 use crate::device::{Origin, ReadSink};
-use crate::fuse::{Backend, Served};
-pub use disk::{Disk, Files, Medium, open_image};
+use crate::fuse::{Backend, LaterChange, Served};
+pub use disk::{Disk, Files, Medium, Note, beside, open_image};
 pub use export::Export;
-pub use open::{Mode, OpenError, Options, boot_id};
+pub use open::{Mode, OpenError, Options, boot_id, map_bytes};
 pub use verify::VerifyError;
 
 /// Crash points of the engine, in the order of a commit and of a volume's life.
@@ -92,6 +92,7 @@ struct Early {
     eio: bool,
     boot: bool,
     link: Option<(bool, String)>,
+    most_waiting: Option<usize>,
 }
 
 enum Life {
@@ -232,7 +233,12 @@ impl Engine {
                 Ok(())
             }
             Life::Clone(core) => {
-                let outcome = core.park(self.now(), sectors(&bytes), sink, &mut plans);
+                let (now, sectors) = (self.now(), sectors(&bytes));
+                let mut outcome = core.park(now, sectors.clone(), sink, &mut plans);
+                if let Err(NotParked::Full(sink)) = outcome {
+                    core.drop_unwanted(|sink| sink.is_wanted());
+                    outcome = core.park(now, sectors, sink, &mut plans);
+                }
                 crowded = core.stalls_at().is_some();
                 outcome
             }
@@ -436,6 +442,16 @@ impl Engine {
         self.pump();
     }
 
+    /// How many reads may wait for a silent origin for as long as it takes, where it is not a loop device that they take tags
+    /// from; at most [`decant_clone::demand::MAX_PARKED`], beyond which a read fails at once.
+    pub fn set_most_waiting(&self, reads: usize) {
+        match &mut *lock(&self.life) {
+            Life::Plain => {}
+            Life::Prepared(early) => early.most_waiting = Some(reads),
+            Life::Clone(core) => core.set_most_waiting(reads),
+        }
+    }
+
     /// What reads of missing blocks get while the origin is away.
     pub fn set_policy(&self, policy: MissingPolicy) {
         let eio = policy == MissingPolicy::Eio;
@@ -535,12 +551,12 @@ impl Backend for Engine {
         Self::park(self, offset, length, sink);
     }
 
-    fn write(&self, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
-        Self::write(self, offset, data)
+    fn write(&self, offset: u64, data: &mut [u8], _later: &mut LaterChange<'_>) -> Result<Served, Errno> {
+        Self::write(self, offset, data).map(|()| Served::Done)
     }
 
-    fn discard(&self, offset: u64, length: u64) -> Result<(), Errno> {
-        Self::discard(self, offset, length)
+    fn discard(&self, offset: u64, length: u64, _later: &mut LaterChange<'_>) -> Result<Served, Errno> {
+        Self::discard(self, offset, length).map(|()| Served::Done)
     }
 
     fn flush(&self) -> Result<(), Errno> {

@@ -1,8 +1,9 @@
 //! Servers for one [`Exported`]: NBD here, iSCSI in [`iscsi`]; both have a thread that accepts and one for each connection.
 //!
 //! An NBD connection's thread reads requests, does them against the local medium one after another, and answers; a client that
-//! wants more at a time opens more connections (multi-conn is offered). That bounds memory and bytes in flight by the
-//! number of connections, without a counter: each has one reply buffer. Nobody waits for a peer while holding a lock.
+//! wants more at a time opens more connections (multi-conn is offered). A read whose bytes are not here waits elsewhere, and
+//! holds up nothing that comes after it. That bounds memory and bytes in flight by the number of connections, without a counter:
+//! each has one reply buffer, and a read that waits has none. Nobody waits for a peer while holding a lock.
 
 pub mod claim;
 mod connection;
@@ -79,7 +80,7 @@ pub(crate) struct Shared {
     config: server::Config,
     tls: Option<ServerTls>,
     doors: Arc<Doors>,
-    bytes_read: AtomicU64,
+    bytes_read: Arc<AtomicU64>,
 }
 
 /// A running NBD server. Dropping it closes it.
@@ -117,7 +118,7 @@ impl Server {
         let listener = Listener::bind(address).map_err(bind)?;
         let bound = listener.address().map_err(bind)?;
         let doors = Arc::new(Doors::new("nbd", &[]).map_err(ListenError::Start)?);
-        let bytes_read = AtomicU64::new(0);
+        let bytes_read = Arc::default();
         let shared = Arc::new(Shared { device, config, tls, doors, bytes_read });
         let serving = Arc::clone(&shared);
         let serve = move |visitor: doors::Visitor| {

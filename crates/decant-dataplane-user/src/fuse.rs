@@ -8,9 +8,11 @@
 //! page-aligned buffer for its whole life; a write is read into it, encrypted in place and written from it, and
 //! nothing is allocated on that way: the kernel may be writing to free memory.
 
+use std::collections::{HashSet, VecDeque};
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use rustix::io::Errno;
@@ -30,6 +32,20 @@ pub enum Served {
     Missing,
 }
 
+/// Where the outcome of a change goes that had to wait.
+pub trait ChangeSink: Send {
+    /// To be asked when nothing is in the way any more: the change is made from here on, and no signal ends it. `false`: whoever
+    /// asked for it has gone, and it is not to be made: he may have asked for another one there, which must not be undone.
+    fn claim(&self) -> bool;
+    /// Whether anybody still waits for it.
+    fn is_wanted(&self) -> bool;
+    /// It is made, or it failed.
+    fn complete(self: Box<Self>, result: Result<(), Errno>);
+}
+
+/// Makes the sink of a change that has to wait: called once, and only then.
+pub type LaterChange<'a> = dyn FnMut() -> Box<dyn ChangeSink> + 'a;
+
 /// What the file's bytes are. Called from all threads of the session; nothing here waits for the network.
 pub trait Backend: Send + Sync {
     /// Bytes, constant.
@@ -38,10 +54,12 @@ pub trait Backend: Send + Sync {
     fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<Served, Errno>;
     /// Takes over a read that was [`Served::Missing`]; the bytes go to `sink`, perhaps before this returns.
     fn park(&self, offset: u64, length: usize, sink: Box<dyn ReadSink>);
-    /// Writes `data` at `offset`; `data` is scratch afterwards.
-    fn write(&self, offset: u64, data: &mut [u8]) -> Result<(), Errno>;
-    /// The range reads as zeros afterwards.
-    fn discard(&self, offset: u64, length: u64) -> Result<(), Errno>;
+    /// Writes `data` at `offset`; `data` is scratch afterwards. Or, if what is around it is not here, keeps the sink that `later`
+    /// makes, which is answered once it is written (perhaps before this returns), and says [`Served::Missing`]. A backend to
+    /// which any byte can be written never asks for a sink.
+    fn write(&self, offset: u64, data: &mut [u8], later: &mut LaterChange<'_>) -> Result<Served, Errno>;
+    /// The range reads as zeros afterwards; as [`Backend::write`].
+    fn discard(&self, offset: u64, length: u64, later: &mut LaterChange<'_>) -> Result<Served, Errno>;
     /// Makes all that was acknowledged durable.
     fn flush(&self) -> Result<(), Errno>;
 }
@@ -70,9 +88,10 @@ impl Session {
     }
 
     fn serve(device: Arc<OwnedFd>, backend: Arc<dyn Backend>, threads: usize, file_node: u64) -> std::io::Result<Self> {
+        let connection = Arc::new(Connection { device, parked: Mutex::default() });
         let threads = (0..threads)
             .map(|n| {
-                let worker = Worker::new(Arc::clone(&device), Arc::clone(&backend), file_node);
+                let worker = Worker::new(Arc::clone(&connection), Arc::clone(&backend), file_node);
                 std::thread::Builder::new().name(format!("fuse-{n}")).spawn(move || worker.run())
             })
             .collect::<Result<_, _>>()?;
@@ -126,8 +145,62 @@ impl AlignedBuffer {
     }
 }
 
-struct Worker {
+/// Requests that wait, and those whose issuers do not wait any more.
+#[derive(Default)]
+struct Parked {
+    waiting: HashSet<u64>,
+    /// Interrupted before they were parked, or when they were answered already; the last few.
+    interrupted: VecDeque<u64>,
+}
+
+/// Interrupts remembered for requests that are not parked yet: as many as could be on their way through all threads at a time,
+/// many times over.
+const MAX_INTERRUPTED: usize = 256;
+
+/// What all threads of a session share.
+struct Connection {
     device: Arc<OwnedFd>,
+    parked: Mutex<Parked>,
+}
+
+impl Connection {
+    fn lock(&self) -> MutexGuard<'_, Parked> {
+        self.parked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A request waits from here on. `false`: its issuer does not wait for it.
+    fn park(&self, unique: u64) -> bool {
+        let mut parked = self.lock();
+        if let Some(index) = parked.interrupted.iter().position(|found| *found == unique) {
+            parked.interrupted.remove(index);
+            return false;
+        }
+        parked.waiting.insert(unique)
+    }
+
+    /// Whether a request waits, which it does not any more.
+    fn unpark(&self, unique: u64) -> bool {
+        self.lock().waiting.remove(&unique)
+    }
+
+    /// The issuer of a request got a signal: one that waits ends with EINTR. One that is under way is answered all the same.
+    fn interrupt(&self, unique: u64) -> Result<(), Errno> {
+        {
+            let mut parked = self.lock();
+            if !parked.waiting.remove(&unique) {
+                if parked.interrupted.len() >= MAX_INTERRUPTED {
+                    parked.interrupted.pop_front();
+                }
+                parked.interrupted.push_back(unique);
+                return Ok(());
+            }
+        }
+        send(&self.device, unique, Err(Errno::INTR))
+    }
+}
+
+struct Worker {
+    connection: Arc<Connection>,
     backend: Arc<dyn Backend>,
     /// The file's node: below the root, or the root itself.
     file_node: u64,
@@ -136,14 +209,14 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(device: Arc<OwnedFd>, backend: Arc<dyn Backend>, file_node: u64) -> Self {
-        Self { device, backend, file_node, head: [0; HEAD_BYTES], data: AlignedBuffer::new(MAX_DATA_BYTES) }
+    fn new(connection: Arc<Connection>, backend: Arc<dyn Backend>, file_node: u64) -> Self {
+        Self { connection, backend, file_node, head: [0; HEAD_BYTES], data: AlignedBuffer::new(MAX_DATA_BYTES) }
     }
 
     fn run(mut self) -> Result<(), Errno> {
         loop {
             let mut into = [IoSliceMut::new(&mut self.head), IoSliceMut::new(self.data.as_mut())];
-            match rustix::io::readv(&*self.device, &mut into) {
+            match rustix::io::readv(&*self.connection.device, &mut into) {
                 Ok(length) => self.handle(length)?,
                 // ENOENT: the request was withdrawn while it was read.
                 Err(Errno::INTR | Errno::AGAIN | Errno::NOENT) => {}
@@ -168,10 +241,17 @@ impl Worker {
                 let given = length.saturating_sub(HEAD_BYTES);
                 self.write(unique, offset, size, given)
             }
+            Operation::Discard { offset, length } => {
+                let discarded = check_range(offset, length, self.backend.size()).and_then(|()| {
+                    self.backend.discard(offset, length, &mut later(&self.connection, unique, Body::EMPTY))
+                });
+                self.changed(unique, discarded, Body::EMPTY)
+            }
+            Operation::Interrupt { unique } => self.connection.interrupt(unique),
             Operation::Silent => Ok(()),
             _ => match self.answer(&request) {
-                Ok(body) => send(&self.device, unique, Ok(body.as_bytes())),
-                Err(error) => send(&self.device, unique, Err(error)),
+                Ok(body) => self.send(unique, Ok(body.as_bytes())),
+                Err(error) => self.send(unique, Err(error)),
             },
         }
     }
@@ -187,10 +267,6 @@ impl Worker {
             Operation::Attributes => Body::attributes(request.node, is_file.then_some(size)),
             Operation::Open if is_file => Body::open(),
             Operation::Sync => self.backend.flush().map(|()| Body::EMPTY)?,
-            Operation::Discard { offset, length } => {
-                check_range(offset, length, size)?;
-                self.backend.discard(offset, length).map(|()| Body::EMPTY)?
-            }
             Operation::UnsupportedAllocation => return Err(Errno::OPNOTSUPP),
             Operation::FileSystem => Body::file_system(size),
             Operation::Acknowledge => Body::EMPTY,
@@ -203,27 +279,55 @@ impl Worker {
         // Past the end a file reads short.
         let size = (size as u64).min(self.backend.size().saturating_sub(offset)) as usize;
         let Some(buffer) = self.data.as_mut().get_mut(..size) else {
-            return send(&self.device, unique, Err(Errno::INVAL));
+            return self.send(unique, Err(Errno::INVAL));
         };
         match self.backend.read(offset, buffer) {
-            Ok(Served::Done) => send(&self.device, unique, Ok(buffer)),
+            Ok(Served::Done) => send(&self.connection.device, unique, Ok(buffer)),
             Ok(Served::Missing) => {
-                let sink = Reply { device: Arc::clone(&self.device), unique };
-                self.backend.park(offset, size, Box::new(sink));
+                if !self.connection.park(unique) {
+                    return self.send(unique, Err(Errno::INTR));
+                }
+                self.backend.park(offset, size, Box::new(Reply::new(&self.connection, unique, Body::EMPTY)));
                 Ok(())
             }
-            Err(error) => send(&self.device, unique, Err(error)),
+            Err(error) => self.send(unique, Err(error)),
         }
     }
 
     fn write(&mut self, unique: u64, offset: u64, size: u32, given: usize) -> Result<(), Errno> {
+        let body = Body::written(size);
+        let mut later = later(&self.connection, unique, body);
         let written = match self.data.as_mut().get_mut(..size as usize) {
             Some(data) if size as usize == given => check_range(offset, u64::from(size), self.backend.size())
-                .and_then(|()| self.backend.write(offset, data)),
+                .and_then(|()| self.backend.write(offset, data, &mut later)),
             _ => Err(Errno::INVAL),
         };
-        let body = Body::written(size);
-        send(&self.device, unique, written.map(|()| body.as_bytes()))
+        drop(later);
+        self.changed(unique, written, body)
+    }
+
+    /// Answers a change, unless whoever has its sink does.
+    fn changed(&self, unique: u64, result: Result<Served, Errno>, body: Body) -> Result<(), Errno> {
+        match result {
+            Ok(Served::Done) => self.send(unique, Ok(body.as_bytes())),
+            Ok(Served::Missing) => Ok(()),
+            Err(error) => self.send(unique, Err(error)),
+        }
+    }
+
+    fn send(&self, unique: u64, result: Result<&[u8], Errno>) -> Result<(), Errno> {
+        send(&self.connection.device, unique, result)
+    }
+}
+
+/// Makes the reply of a change that has to wait.
+fn later(connection: &Arc<Connection>, unique: u64, body: Body) -> impl FnMut() -> Box<dyn ChangeSink> {
+    move || {
+        if !connection.park(unique) {
+            // It is found unwanted, and is not made.
+            let _ = send(&connection.device, unique, Err(Errno::INTR));
+        }
+        Box::new(Reply::new(connection, unique, body))
     }
 }
 
@@ -234,17 +338,61 @@ fn check_range(offset: u64, length: u64, size: u64) -> Result<(), Errno> {
     }
 }
 
-/// The reply to a parked read, from whichever thread has the bytes.
+/// The reply to a request that waited, from whichever thread has what it waited for.
 struct Reply {
-    device: Arc<OwnedFd>,
+    connection: Arc<Connection>,
     unique: u64,
+    /// What a change is answered with.
+    body: Body,
+    /// It is answered by us, and by no interrupt.
+    claimed: AtomicBool,
+}
+
+impl Reply {
+    fn new(connection: &Arc<Connection>, unique: u64, body: Body) -> Self {
+        Self { connection: Arc::clone(connection), unique, body, claimed: AtomicBool::new(false) }
+    }
+
+    fn claim(&self) -> bool {
+        let claimed = self.claimed.load(Ordering::Relaxed) || self.connection.unpark(self.unique);
+        self.claimed.store(claimed, Ordering::Relaxed);
+        claimed
+    }
+
+    fn answer(&self, result: Result<&[u8], Errno>) {
+        if self.claim()
+            && let Err(error) = send(&self.connection.device, self.unique, result)
+        {
+            tracing::error!(%error, "a parked request could not be answered");
+        }
+    }
+
+    fn is_wanted(&self) -> bool {
+        self.claimed.load(Ordering::Relaxed) || self.connection.lock().waiting.contains(&self.unique)
+    }
 }
 
 impl ReadSink for Reply {
     fn complete(self: Box<Self>, result: Result<&[u8], Errno>) {
-        if let Err(error) = send(&self.device, self.unique, result) {
-            tracing::error!(%error, "a parked read could not be answered");
-        }
+        self.answer(result);
+    }
+
+    fn is_wanted(&self) -> bool {
+        Self::is_wanted(self)
+    }
+}
+
+impl ChangeSink for Reply {
+    fn claim(&self) -> bool {
+        Self::claim(self)
+    }
+
+    fn is_wanted(&self) -> bool {
+        Self::is_wanted(self)
+    }
+
+    fn complete(self: Box<Self>, result: Result<(), Errno>) {
+        self.answer(result.map(|()| self.body.as_bytes()));
     }
 }
 

@@ -239,7 +239,7 @@ impl UserPlane {
             State::Sealed { .. } => VolumeState::Sealed,
             State::Freed => VolumeState::Freed,
         };
-        let noted = std::fs::read_to_string(self.paths(volume).map().with_extension("failed")).ok();
+        let noted = std::fs::read_to_string(crate::engine::beside(&self.paths(volume).map(), "failed")).ok();
         let running = kept.as_ref().and_then(|kept| kept.volume.as_ref());
         let failed = running.and_then(|volume| volume.failed.clone()).or(noted);
         Ok(Outcome::Status(Box::new(decant_dataplane::VolumeStatus {

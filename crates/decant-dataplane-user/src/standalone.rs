@@ -1,39 +1,41 @@
 //! A clone on its own, without a worker: an NBD export, a disk over iSCSI or a local file as origin, a file or block device as
 //! destination, served over NBD or as a file while it fills.
 //!
-//! The same engine, map and origin as a volume's, with no cipher: bytes are kept as they come.
+//! The same engine, map and origin as a volume's, with no cipher: bytes are kept as they come. What is where beside the
+//! destination, and what it is a record of, is in `record`.
 //!
-//! What is where, beside the destination: `META` is the map, `META` with the ending `.marks` what a killed process had
-//! acknowledged, with `.failed` a note that the medium failed; `META.done`, its size in bytes as text, takes the map's place
-//! once the clone is detached from its origin.
+//! ```text
+//! Standalone::open: the lock, and what there is --> Opening::start: origin, destination, engine, fronts --> Standalone
+//! ```
 
+mod destination;
+mod error;
 mod front;
 mod local;
 mod opened;
+mod record;
 
-use std::ffi::OsString;
-use std::fs::File;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use decant_base::{BLOCK, Epoch, ExtentSet, VolumeId};
 use decant_clone::Shape;
-use decant_clone::format::{PAGE, Phase, Superblock};
-use decant_dataplane::CloneStatus;
-use rustix::fs::SeekFrom;
+use decant_dataplane::{CloneStatus, MissingPolicy};
 use rustix::io::Errno;
 
 use crate::device::Exported;
-use crate::engine::{self, Cipher, Engine, Files, Mode, OpenError, VerifyError};
-use crate::export::claim::{Claim, ClaimError, claim};
+use crate::engine::{self, Cipher, Engine, Files, Mode, VerifyError, beside};
 use crate::export::iscsi::Chap;
-use crate::export::{Address, ListenError, Server};
-use crate::origin::NotConnected;
+use crate::export::{Address, Server};
+use crate::stream::Listener;
 use crate::tls::ClientTls;
+use error::io;
+pub use error::{DetachError, StandaloneError};
 use front::{FileFront, Front};
 use opened::Opened;
+use record::{Found, Lock, Place, Record};
 
 /// How long the first session with the origin may take.
 const FIRST_SESSION: Duration = Duration::from_secs(10);
@@ -67,21 +69,11 @@ pub enum Source {
     File(PathBuf),
 }
 
-impl std::fmt::Display for Source {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Nbd { address, .. } => write!(f, "{address}"),
-            Self::Iscsi { address, target, .. } => write!(f, "{target} at {address}"),
-            Self::File(path) => write!(f, "{}", path.display()),
-        }
-    }
-}
-
 /// What to clone, where to, and how to serve it.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct StandaloneOptions {
-    /// The origin.
-    pub source: Source,
+    /// The origin as its user wrote it, without secrets: it is recorded, and shown.
+    pub origin: String,
     /// The destination: a regular file, made if it is not there, or a block device that is large enough.
     pub destination: PathBuf,
     /// The clone's map. If it is there, filling goes on where it ended.
@@ -94,102 +86,23 @@ pub struct StandaloneOptions {
     pub hydrate: bool,
     /// Most bytes per second of those.
     pub limit: Option<u64>,
-}
-
-/// Why a clone cannot start.
-#[derive(Debug, thiserror::Error)]
-pub enum StandaloneError {
-    /// The origin does not answer.
-    #[error(transparent)]
-    Origin(#[from] NotConnected),
-    /// The origin or the destination is in use, or cannot be opened.
-    #[error(transparent)]
-    Claim(#[from] ClaimError),
-    /// The destination is not empty and has no map: it is not known which of its bytes are the origin's.
-    #[error(
-        "{} holds data and has no map at {}: name its map with --meta, or another destination",
-        destination.display(),
-        meta.display()
-    )]
-    NotEmpty {
-        /// Which.
-        destination: PathBuf,
-        /// Where its map would be.
-        meta: PathBuf,
-    },
-    /// There is a map and no destination, or one of another size.
-    #[error("{} is not what the map at {} is of: it {what}", destination.display(), meta.display())]
-    NotItsMap {
-        /// Which.
-        destination: PathBuf,
-        /// The map.
-        meta: PathBuf,
-        /// What is wrong with the destination.
-        what: String,
-    },
-    /// The destination is a device with too little room.
-    #[error("{} has {found} bytes, the origin has {wanted}", destination.display())]
-    TooSmall {
-        /// Which.
-        destination: PathBuf,
-        /// Its bytes.
-        found: u64,
-        /// The origin's.
-        wanted: u64,
-    },
-    /// The origin is no size that a clone can have.
-    #[error("the origin cannot be cloned: {0}")]
-    Size(String),
-    /// The map is damaged, or another clone's.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// The serving address cannot be had.
-    #[error(transparent)]
-    Serve(#[from] ListenError),
-    /// A file cannot be had.
-    #[error("cannot {action} {}: {source}", path.display())]
-    Io {
-        /// What was being done.
-        action: &'static str,
-        /// With which file.
-        path: PathBuf,
-        /// What the kernel said.
-        #[source]
-        source: std::io::Error,
-    },
-}
-
-/// Why a clone cannot be detached from its origin.
-#[derive(Debug, thiserror::Error)]
-pub enum DetachError {
-    /// Blocks are missing.
-    #[error("{0} bytes are still only at the origin")]
-    Missing(u64),
-    /// It cannot be recorded, or the medium failed.
-    #[error("{0}")]
-    Failed(String),
+    /// Where there is no map: what the destination holds is of no use and may be overwritten.
+    pub overwrite: bool,
+    /// The origin or the destination of the map has another name now, and is recorded anew.
+    pub moved: bool,
 }
 
 /// A running clone. Dropping it leaves the map as after a crash; [`Standalone::close`] ends in order.
 pub struct Standalone {
     engine: Arc<Engine>,
     meta: PathBuf,
+    record: Record,
+    /// How it stood when it was detached.
+    last: Mutex<Option<CloneStatus>>,
     server: Option<Server>,
     file: Option<FileFront>,
-}
-
-/// What there is of a clone already.
-enum Found {
-    Nothing,
-    /// A map.
-    Map {
-        /// The clone's bytes.
-        size: u64,
-        /// All of them are here; the map was not removed yet.
-        complete: bool,
-    },
-    /// All of them, detached.
-    Whole(u64),
+    /// Let go of last.
+    _lock: Option<Lock>,
 }
 
 /// What a start that fails takes away again.
@@ -204,79 +117,153 @@ impl Drop for Made {
     }
 }
 
-impl Standalone {
-    /// Connects, opens or makes the destination and its map, and serves.
+/// A clone that nobody else runs, about to start.
+pub struct Opening {
+    options: StandaloneOptions,
+    found: Found,
+    record: Option<Record>,
+    lock: Lock,
+}
+
+impl Opening {
+    /// Whether blocks may be missing, so that an origin is needed.
+    pub fn needs_origin(&self) -> bool {
+        matches!(self.found, Found::Nothing | Found::Map { complete: false, .. })
+    }
+
+    /// Connects to `source`, which may be left out if no origin is needed, opens or makes the destination and its map, and serves.
     ///
     /// # Errors
     /// [`StandaloneError`]; what was made is taken away again.
-    pub fn start(options: &StandaloneOptions) -> Result<Self, StandaloneError> {
-        let found = look(&options.meta)?;
-        // Found in use before anything is made.
-        let opened = Opened::of(&options.source, &found)?;
-        let size = match (&found, &opened) {
-            (Found::Map { size, .. } | Found::Whole(size), _) => *size,
-            (Found::Nothing, Opened::Local(_, claim)) => claim.size,
-            (Found::Nothing, Opened::Remote(remote, _)) => remote.wait_connected(FIRST_SESSION)?.size,
-            (Found::Nothing, Opened::Nothing) => unreachable!("a clone that is not there yet has an origin"),
-        };
-        if let Opened::Local(_, claim) = &opened
-            && claim.size != size
-        {
-            return Err(StandaloneError::Size(format!("it has {} bytes, the map is of {size}", claim.size)));
+    pub fn start(self, source: Option<&Source>) -> Result<Standalone, StandaloneError> {
+        let source = source.filter(|_| self.needs_origin());
+        if self.needs_origin() && source.is_none() {
+            return Err(StandaloneError::Size("none is named".into()));
         }
-        let shape = Shape::new(size, 512).map_err(|error| StandaloneError::Size(error.to_string()))?;
+        // Dropped in the other order: the lock goes after what was made.
+        let Self { options, found, record, lock } = self;
         let mut made = Made::default();
-        let image = open_destination(options, size, &found, &mut made)?;
-        if let Found::Nothing = found {
-            let endings = ["map.new", "marks"].map(|ending| options.meta.with_extension(ending));
-            made.0.extend([options.meta.clone()].into_iter().chain(endings));
+        let known = match &found {
+            Found::Nothing => None,
+            Found::Map { size, .. } | Found::Whole { size, .. } => Some(*size),
+        };
+        check_record(&options, &found, record.as_ref())?;
+        // Found in use before anything is made.
+        let opened = Opened::of(source, &options.origin, known)?;
+        let size = match (known, &opened) {
+            (Some(size), _) => size,
+            (None, Opened::Local(_, claim)) => claim.size,
+            (None, Opened::Remote(remote, _)) => remote.wait_connected(FIRST_SESSION)?.size,
+            (None, Opened::Nothing) => unreachable!("a clone that is not there yet has an origin"),
+        };
+        let shape = Shape::new(size, 512).map_err(|error| StandaloneError::Size(error.to_string()))?;
+        if found == Found::Nothing {
+            destination::check_room(&options.meta, engine::map_bytes(shape))?;
         }
+        let image = destination::open(&options, size, &found, &mut made)?;
+        let record = keep_record(&options, &found, record, size, &mut made)?;
+        let files = Files::new(image.file, &options.destination, 0, size, options.meta.clone()).with_room_for_all();
         let engine = Engine::open(engine::Options {
-            volume: VolumeId::new("clone").unwrap_or_else(|_| unreachable!("a DNS label")),
+            volume: VolumeId::new(&record.clone)
+                .map_err(|error| StandaloneError::Size(format!("its map is of {:?}: {error}", record.clone)))?,
             shape,
             mode: match found {
                 Found::Nothing => Mode::Prepared,
                 Found::Map { .. } => Mode::Clone,
-                Found::Whole(_) => Mode::Plain,
+                Found::Whole { .. } => Mode::Plain,
             },
-            disk: Arc::new(Files::new(image.file, &options.destination, 0, size, options.meta.clone())),
+            disk: Arc::new(files),
             cipher: Arc::new(Plaintext),
             boot: engine::boot_id().map_err(|source| io("read", Path::new("boot_id"), source))?,
         })?;
-        let started = Self::serve(options, engine, opened, matches!(found, Found::Nothing));
-        if started.is_ok() {
-            made.0.clear();
-        }
-        started
+        let meta = options.meta.clone();
+        let clone = Standalone { engine, meta, record, last: Mutex::default(), server: None, file: None, _lock: None };
+        let started = clone.serve(&options, opened, found == Found::Nothing)?;
+        made.0.clear();
+        Ok(Standalone { _lock: Some(lock), ..started })
+    }
+}
+
+/// That the origin and the destination named are those of the clone that was found.
+fn check_record(options: &StandaloneOptions, found: &Found, record: Option<&Record>) -> Result<(), StandaloneError> {
+    let ending = match found {
+        Found::Nothing => return Ok(()),
+        Found::Map { .. } => "origin",
+        Found::Whole { .. } => "done",
+    };
+    if options.moved || destination::is_missing(&options.destination) {
+        return Ok(());
+    }
+    let path = beside(&options.meta, ending);
+    let Some(record) = record else {
+        return Err(StandaloneError::NoRecord { meta: options.meta.clone(), record: path });
+    };
+    let place = Place::of(&options.destination).map_err(|error| io("look at", &options.destination, error))?;
+    record.check(&path, &record::origin_text(&options.origin), &place)
+}
+
+/// Records what the map is, or is going to be, of, unless that is recorded already.
+fn keep_record(
+    options: &StandaloneOptions,
+    found: &Found,
+    record: Option<Record>,
+    size: u64,
+    made: &mut Made,
+) -> Result<Record, StandaloneError> {
+    let meta = &options.meta;
+    if let (Some(record), false) = (record, options.moved && *found != Found::Nothing) {
+        return Ok(record);
+    }
+    let (path, clone) = match found {
+        Found::Nothing => (beside(meta, "origin"), Record::draw_id().map_err(|error| io("name", meta, error))?),
+        Found::Map { clone, .. } => (beside(meta, "origin"), clone.clone()),
+        Found::Whole { clone, .. } => (beside(meta, "done"), clone.clone()),
+    };
+    let place = Place::of(&options.destination).map_err(|error| io("look at", &options.destination, error))?;
+    let record = Record { clone, size, origin: record::origin_text(&options.origin), destination: place };
+    if *found == Found::Nothing {
+        let endings = ["origin", "origin.new", "new", "marks"].map(|ending| beside(meta, ending));
+        made.0.extend([meta.clone()].into_iter().chain(endings));
+    }
+    record.write(&path).map_err(|error| io("write", &path, error))?;
+    Ok(record)
+}
+
+impl Standalone {
+    /// Takes the map for this process, and looks what there is.
+    ///
+    /// # Errors
+    /// Another process has it; what lies there is no map, or damaged.
+    pub fn open(options: &StandaloneOptions) -> Result<Opening, StandaloneError> {
+        let options = StandaloneOptions { meta: record::real_path(&options.meta), ..options.clone() };
+        let lock = Lock::take(&options.meta)?;
+        let (found, record) = record::look(&options.meta)?;
+        Ok(Opening { options, found, record, lock })
     }
 
-    fn serve(
-        options: &StandaloneOptions,
-        engine: Arc<Engine>,
-        opened: Opened,
-        fresh: bool,
-    ) -> Result<Self, StandaloneError> {
-        engine.pause(!options.hydrate);
-        if let Some(origin) = opened.origin(&engine)? {
-            engine.set_origin(origin, &options.source.to_string());
+    fn serve(mut self, options: &StandaloneOptions, opened: Opened, fresh: bool) -> Result<Self, StandaloneError> {
+        // All that holds the hydration back, before there is an origin to fetch from.
+        self.engine.pause(!options.hydrate);
+        self.engine.set_limit(options.limit);
+        // Neither front has tags that waiting reads take from writes.
+        self.engine.set_most_waiting(usize::MAX);
+        if let Some(origin) = opened.origin(&self.engine)? {
+            self.engine.set_origin(origin, &options.origin);
         }
-        let mut clone = Self { engine, meta: options.meta.clone(), server: None, file: None };
-        if let Err(error) = clone.open_fronts(options) {
+        let started = self.open_fronts(options).and_then(|()| if fresh { self.begin() } else { Ok(()) });
+        if let Err(error) = started {
             // No thread of it may touch the files that are being taken away.
-            clone.engine.drop_origin();
-            let _ = clone.engine.close();
+            self.let_all_go();
+            let _ = self.engine.close();
             return Err(error);
         }
-        if fresh {
-            let mut live = ExtentSet::new();
-            live.insert(0..clone.engine.shape().size().div_ceil(BLOCK));
-            if let Err(error) = clone.engine.begin(live, Epoch(0)) {
-                clone.engine.drop_origin();
-                return Err(error.into());
-            }
-        }
-        clone.engine.set_limit(options.limit);
-        Ok(clone)
+        Ok(self)
+    }
+
+    fn begin(&self) -> Result<(), StandaloneError> {
+        let mut live = ExtentSet::new();
+        live.insert(0..self.engine.shape().size().div_ceil(BLOCK));
+        Ok(self.engine.begin(live, Epoch(0))?)
     }
 
     /// Reads wait until the clone begins, so fronts may be there before it.
@@ -292,9 +279,14 @@ impl Standalone {
         Ok(())
     }
 
-    /// How far it is; `None` once it is whole.
+    /// How far it is; once it is detached, how it stood then. `None`: it was whole before it started.
     pub fn status(&self) -> Option<CloneStatus> {
-        self.engine.status()
+        self.engine.status().or_else(|| self.last.lock().unwrap_or_else(PoisonError::into_inner).clone())
+    }
+
+    /// Whether it needs no origin any more.
+    pub fn is_whole(&self) -> bool {
+        self.engine.is_plain()
     }
 
     /// Bytes of it.
@@ -333,14 +325,28 @@ impl Standalone {
     /// # Errors
     /// Blocks are missing, or the medium failed.
     pub fn detach(&self) -> Result<(), DetachError> {
-        self.engine.finish().map_err(|error| match (error, self.status()) {
+        let before = self.engine.status();
+        self.engine.finish().map_err(|error| match (error, self.engine.status()) {
             (VerifyError::NotYet(_), Some(status)) => DetachError::Missing(status.bytes_missing.max(1)),
             (error, _) => DetachError::Failed(error.to_string()),
         })?;
-        let done = done_path(&self.meta);
+        if let Some(before) = before {
+            let now = CloneStatus { connected: false, rate_bytes_per_s: 0, hindrance: String::new(), ..before };
+            *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
+        }
+        let done = beside(&self.meta, "done");
         let failed = |error: std::io::Error| DetachError::Failed(format!("cannot write {}: {error}", done.display()));
-        record_done(&done, self.size()).map_err(failed)?;
-        self.engine.drop_map().map_err(|error| DetachError::Failed(format!("cannot remove the map: {error}")))
+        self.record.write(&done).map_err(failed)?;
+        self.engine.drop_map().map_err(|error| DetachError::Failed(format!("cannot remove the map: {error}")))?;
+        let _ = std::fs::remove_file(beside(&self.meta, "origin"));
+        Ok(())
+    }
+
+    /// The origin goes, and no read waits for it any more: neither one that does now, nor one that comes while the fronts close.
+    fn let_all_go(&self) {
+        self.engine.set_policy(MissingPolicy::Eio);
+        self.engine.drop_origin();
+        self.engine.fail_parked_reads();
     }
 
     /// Ends in order: nothing acknowledged is lost, and the next start goes on from here.
@@ -348,7 +354,7 @@ impl Standalone {
     /// # Errors
     /// If the last commit fails.
     pub fn close(mut self) -> Result<(), Errno> {
-        self.engine.fail_parked_reads();
+        self.let_all_go();
         drop(self.file.take());
         if let Some(server) = self.server.take() {
             server.close();
@@ -357,92 +363,20 @@ impl Standalone {
     }
 }
 
-fn io(action: &'static str, path: &Path, source: std::io::Error) -> StandaloneError {
-    StandaloneError::Io { action, path: path.to_owned(), source }
-}
-
-fn done_path(meta: &Path) -> PathBuf {
-    let mut name = OsString::from(meta);
-    name.push(".done");
-    name.into()
-}
-
-/// The size of a clone that is whole, durably and in its place at once.
-fn record_done(done: &Path, size: u64) -> std::io::Result<()> {
-    let new = done.with_extension("done.new");
-    std::fs::write(&new, format!("{size}\n"))?;
-    File::open(&new)?.sync_all()?;
-    std::fs::rename(&new, done)?;
-    let directory = done.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(directory)?.sync_all()
-}
-
-/// What the files beside the destination say.
-fn look(meta: &Path) -> Result<Found, StandaloneError> {
-    use std::os::unix::fs::FileExt;
-    match File::open(meta) {
-        Ok(map) => {
-            // Two superblocks, of which one may be torn; the newer one counts.
-            let mut page = [0; PAGE];
-            let both = [0, PAGE as u64]
-                .map(|at| map.read_exact_at(&mut page, at).ok().and_then(|()| Superblock::decode(&page).ok()));
-            let newest = both.into_iter().flatten().max_by_key(|superblock| superblock.generation);
-            let none = || std::io::Error::new(std::io::ErrorKind::InvalidData, "it is no map of a clone");
-            let newest = newest.ok_or_else(|| io("use as map", meta, none()))?;
-            return Ok(Found::Map { size: newest.size, complete: newest.phase == Phase::Complete });
-        }
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        Err(error) => return Err(io("open", meta, error)),
+/// Listens where a running clone is asked and steered; its owner alone may. A socket of that name that nobody serves makes room,
+/// and nothing else does.
+///
+/// # Errors
+/// `AddrInUse`: somebody answers there. `AlreadyExists`: a file of that name. `InvalidInput`: the path is too long for a socket.
+pub fn control_socket(path: &Path) -> std::io::Result<UnixListener> {
+    use std::os::unix::fs::PermissionsExt;
+    let listener = Listener::bind_unix(path)?;
+    let for_its_owner = std::fs::set_permissions(path, PermissionsExt::from_mode(0o600));
+    if let Err(error) = for_its_owner.and_then(|()| listener.set_nonblocking(true)) {
+        let _ = std::fs::remove_file(path);
+        return Err(error);
     }
-    let done = done_path(meta);
-    match std::fs::read_to_string(&done) {
-        Ok(text) => match text.trim().parse() {
-            Ok(size) => Ok(Found::Whole(size)),
-            Err(_) => Err(io("understand", &done, std::io::ErrorKind::InvalidData.into())),
-        },
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Found::Nothing),
-        Err(error) => Err(io("read", &done, error)),
-    }
-}
-
-/// Opens the destination, and sees to it that it is what `found` says.
-fn open_destination(
-    options: &StandaloneOptions,
-    size: u64,
-    found: &Found,
-    made: &mut Made,
-) -> Result<Claim, StandaloneError> {
-    let path = &options.destination;
-    let not_its_map =
-        |what: String| StandaloneError::NotItsMap { destination: path.clone(), meta: options.meta.clone(), what };
-    let fresh = matches!(found, Found::Nothing);
-    if std::fs::symlink_metadata(path).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound) {
-        if !fresh {
-            return Err(not_its_map("is missing".into()));
-        }
-        let file = std::fs::OpenOptions::new().write(true).create_new(true).open(path);
-        let file = file.map_err(|source| io("make", path, source))?;
-        made.0.push(path.clone());
-        // What a machine keeps on its disk is nobody else's to read.
-        file.set_permissions(PermissionsExt::from_mode(0o600)).map_err(|source| io("make", path, source))?;
-    }
-    let image = claim(path, true)?;
-    if image.is_block_device {
-        if image.size < size {
-            return Err(StandaloneError::TooSmall { destination: path.clone(), found: image.size, wanted: size });
-        }
-        return Ok(image);
-    }
-    if !fresh && image.size != size {
-        return Err(not_its_map(format!("has {} bytes, not {size}", image.size)));
-    }
-    // A start that was killed before there was a map has left a hole of the origin's size.
-    let is_hole = || rustix::fs::seek(&image.file, SeekFrom::Data(0)) == Err(Errno::NXIO);
-    if fresh && image.size != 0 && !(image.size == size && is_hole()) {
-        return Err(StandaloneError::NotEmpty { destination: path.clone(), meta: options.meta.clone() });
-    }
-    image.file.set_len(size).map_err(|source| io("size", path, source))?;
-    Ok(image)
+    Ok(listener)
 }
 
 /// No cipher: an origin's zeros are zeros already.

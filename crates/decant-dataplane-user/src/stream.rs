@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -26,19 +26,64 @@ const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(5), Duration::
 pub enum Address {
     /// TCP.
     Tcp(SocketAddr),
+    /// TCP at whatever addresses the host's name has when somebody connects.
+    Name {
+        /// The host's name.
+        host: String,
+        /// TCP port.
+        port: u16,
+    },
     /// A Unix socket.
     Unix(PathBuf),
 }
 
 impl Address {
+    /// Of a host, by its address (an IPv6 one perhaps in brackets) or its name, which is not looked up here.
+    pub fn of_host(host: &str, port: u16) -> Self {
+        let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        match bare.parse::<IpAddr>() {
+            Ok(ip) => Self::Tcp(SocketAddr::new(ip, port)),
+            Err(_) => Self::Name { host: host.to_owned(), port },
+        }
+    }
+
     /// The TCP port.
     pub fn port(&self) -> Option<u16> {
         match self {
             Self::Tcp(address) => Some(address.port()),
+            Self::Name { port, .. } => Some(*port),
             Self::Unix(_) => None,
         }
     }
+
+    /// What to connect to: a name has perhaps several addresses, in the resolver's order, and is looked up each time, for at most
+    /// `patience`, and no longer than until `given_up` says so.
+    ///
+    /// # Errors
+    /// The resolver's; `TimedOut`.
+    pub(crate) fn look_up(&self, patience: Duration, given_up: impl Fn() -> bool) -> io::Result<Vec<Self>> {
+        let Self::Name { host, port } = self else { return Ok(vec![self.clone()]) };
+        // The resolver cannot be interrupted, so it is asked on a thread that nobody has to wait for.
+        let (answer, found) = std::sync::mpsc::sync_channel(1);
+        let name = (host.clone(), *port);
+        std::thread::Builder::new().name("resolve".into()).spawn(move || {
+            let _ = answer.send(name.to_socket_addrs().map(Iterator::collect::<Vec<SocketAddr>>));
+        })?;
+        let deadline = now() + patience;
+        let explain = |error: io::Error| io::Error::new(error.kind(), format!("{host} is not found: {error}"));
+        loop {
+            match found.recv_timeout(LOOK_UP_STEP) {
+                Ok(Ok(found)) if found.is_empty() => return Err(explain(io::Error::other("it has no address"))),
+                Ok(found) => return Ok(found.map_err(explain)?.into_iter().map(Self::Tcp).collect()),
+                Err(_) if given_up() || now() >= deadline => return Err(explain(io::ErrorKind::TimedOut.into())),
+                Err(_) => {}
+            }
+        }
+    }
 }
+
+/// How soon somebody who looks a name up finds that he is not to.
+const LOOK_UP_STEP: Duration = Duration::from_millis(20);
 
 impl From<SocketAddr> for Address {
     fn from(address: SocketAddr) -> Self {
@@ -50,6 +95,7 @@ impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tcp(address) => write!(f, "{address}"),
+            Self::Name { host, port } => write!(f, "{host}:{port}"),
             Self::Unix(path) => write!(f, "{}", path.display()),
         }
     }
@@ -162,6 +208,9 @@ impl Stream {
                 let result = net::connect(&socket, address);
                 (socket, result)
             }
+            Address::Name { .. } => {
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, "a name that was not looked up"));
+            }
             Address::Unix(path) => {
                 let socket = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
                 let result = net::connect(&socket, &SocketAddrUnix::new(path)?);
@@ -170,7 +219,7 @@ impl Stream {
         };
         match result {
             Ok(()) | Err(Errno::INPROGRESS) => {
-                set_up(&socket, matches!(address, Address::Tcp(_)))?;
+                set_up(&socket, !matches!(address, Address::Unix(_)))?;
                 Ok(Self::new(socket))
             }
             Err(error) => Err(error.into()),
@@ -362,6 +411,9 @@ fn receive(socket: &OwnedFd, into: &mut [u8]) -> io::Result<usize> {
     }
 }
 
+/// Bytes of a Unix socket's path, the zero after it not counted (unix(7)).
+const MAX_SOCKET_PATH: usize = 107;
+
 /// A listening socket.
 pub(crate) enum Listener {
     Tcp(TcpListener),
@@ -388,13 +440,22 @@ impl Listener {
     pub(crate) fn bind(address: &Address) -> io::Result<Self> {
         let listener = match address {
             Address::Tcp(address) => Self::Tcp(TcpListener::bind(address)?),
-            Address::Unix(path) => {
-                remove_stale(path)?;
-                Self::Unix(UnixListener::bind(path)?, path.clone())
-            }
+            Address::Name { host, port } => Self::Tcp(TcpListener::bind((host.as_str(), *port))?),
+            Address::Unix(path) => Self::Unix(Self::bind_unix(path)?, path.clone()),
         };
         rustix::io::ioctl_fionbio(listener.as_fd(), true)?;
         Ok(listener)
+    }
+
+    /// The same for a Unix socket alone.
+    pub(crate) fn bind_unix(path: &Path) -> io::Result<UnixListener> {
+        let length = path.as_os_str().len();
+        if length > MAX_SOCKET_PATH {
+            let why = format!("its path has {length} bytes, and a socket's has at most {MAX_SOCKET_PATH}");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
+        remove_stale(path)?;
+        UnixListener::bind(path)
     }
 
     /// Where it listens, the port filled in.
@@ -472,5 +533,25 @@ impl Aligned {
 
     pub(crate) fn slice_mut(&mut self, range: std::ops::Range<usize>) -> &mut [u8] {
         &mut self.bytes[self.start + range.start..self.start + range.end]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_is_an_address_or_a_name_that_is_looked_up_when_somebody_connects() {
+        for (host, shown) in [("10.0.0.7", "10.0.0.7:9"), ("::1", "[::1]:9"), ("[::1]", "[::1]:9")] {
+            let address = Address::of_host(host, 9);
+            assert!(matches!(address, Address::Tcp(_)) && address.to_string() == shown, "{address:?}");
+            assert_eq!(address.look_up(Duration::ZERO, || true).unwrap(), [address]);
+        }
+        let name = Address::of_host("localhost", 9);
+        assert!(Stream::connect(&name).is_err());
+        let found = name.look_up(Duration::from_secs(20), || false).unwrap();
+        assert!(!found.is_empty() && found.iter().all(|found| found.port() == Some(9)), "{found:?}");
+        let none = Address::of_host("no such host", 9).look_up(Duration::from_secs(20), || false).unwrap_err();
+        assert!(none.to_string().starts_with("no such host is not found"), "{none}");
     }
 }

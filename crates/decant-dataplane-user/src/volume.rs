@@ -129,7 +129,7 @@ impl ExportServer {
         };
         match address {
             export::Address::Tcp(address) => address.port(),
-            export::Address::Unix(_) => 0,
+            export::Address::Name { .. } | export::Address::Unix(_) => 0,
         }
     }
 

@@ -262,7 +262,7 @@ fn a_volume_that_failed_says_so_and_can_be_put_away() {
     worker.create("v", Bytes::mib(8));
     let device = worker.attach("v");
     // What a failed fsync leaves, and the end of the process that saw it.
-    let note = worker.site.paths(&volume("v")).map().with_extension("failed");
+    let note = decant_dataplane_user::engine::beside(&worker.site.paths(&volume("v")).map(), "failed");
     std::fs::write(&note, "the last flush failed: EIO").unwrap();
     let before = worker.keeper("v").unwrap();
     kill(before.volume_pid.unwrap());

@@ -4,55 +4,10 @@ mod tool;
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::path::Path;
 
 use serde_json::Value;
-use tool::{Tool, decant, directory, disk, patterned, run, succeed, text, wait_until};
-
-const MIB: u64 = 1 << 20;
-
-struct Place {
-    directory: tempfile::TempDir,
-}
-
-impl Place {
-    fn new() -> Self {
-        Self { directory: directory() }
-    }
-
-    fn at(&self, name: &str) -> String {
-        self.directory.path().join(name).to_str().expect("text").to_owned()
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    /// `decant clone ORIGIN dest --meta map …`.
-    fn clone(&self, origin: &str, more: &[&str]) -> Tool {
-        let (dest, map) = (self.at("dest"), self.at("map"));
-        Tool::start(&[&["clone", origin, &dest, "--meta", &map], more].concat())
-    }
-
-    fn serve(&self) -> String {
-        format!("unix:{}", self.at("s"))
-    }
-
-    fn ask(&self, words: &[&str]) -> Output {
-        let map = self.at("map");
-        decant(&[&["-o", "json", "clone"], words, &["--meta", &map]].concat()).output().expect("decant runs")
-    }
-
-    fn status(&self) -> Value {
-        let output = self.ask(&["status"]);
-        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {}", text(&output)))
-    }
-
-    fn await_filled(&self) {
-        wait_until("the clone is filled", || self.status()["bytes_missing"] == 0);
-    }
-}
+use tool::{MIB, Place, Tool, decant, disk, patterned, run, succeed, text};
 
 fn same(a: &Path, b: &Path) {
     assert!(std::fs::read(a).expect("a file") == std::fs::read(b).expect("a file"), "{} differs", b.display());
@@ -71,6 +26,7 @@ fn a_file_is_cloned_holes_and_all_and_detached() {
     {
         assert_eq!(status[field], value, "{field}: {status}");
     }
+    assert!(status["hindrance"].as_str().is_some_and(|why| why.starts_with("PAUSED")), "{status}");
     succeed(20, "qemu-io", &["-f", "raw", "-c", "read 1M 64k", "-c", "write -P 9 2M 64k", "-c", "flush", &uri]);
     let status = place.status();
     assert!(
@@ -89,8 +45,11 @@ fn a_file_is_cloned_holes_and_all_and_detached() {
     assert_eq!(place.status()["state"], "filled");
     let detached = place.ask(&["detach"]);
     assert!(detached.status.success(), "{}", text(&detached));
-    assert_eq!(place.status()["state"], "whole");
-    assert!(!place.path("map").exists() && place.path("map.done").exists());
+    let status = place.status();
+    assert_eq!((&status["state"], &status["origin"]), (&"whole".into(), &Value::Null));
+    // What it took to get there is told for as long as it runs.
+    assert!(status["bytes_written"] == 64 << 10 && status["bytes_fetched"].as_u64() >= Some(7 * MIB), "{status}");
+    assert!(!place.path("map").exists() && place.path("map.done").exists() && !place.path("map.origin").exists());
     // The origin is let go: somebody else may write it.
     File::options().write(true).open(&origin).expect("a file").write_all_at(b"gone", 0).expect("a write");
     succeed(20, "qemu-io", &["-f", "raw", "-c", "read -P 9 2M 64k", "-c", "write -P 8 3M 4k", "-c", "flush", &uri]);
@@ -186,18 +145,25 @@ fn a_clone_of_a_disk_over_iscsi_that_asks_for_a_secret() {
     let chap = place.at("chap");
     let export =
         Tool::start(&["export", &place.at("origin"), "--iscsi", "127.0.0.1:0", "--chap", &chap, "--read-only"]);
-    let uri = export.fact("uri");
+    // By its name, which is looked up for each connection.
+    let uri = export.fact("uri").replace("127.0.0.1", "localhost");
     let (dest, map, serve) = (place.at("dest"), place.at("map"), place.serve());
     let refused = decant(&["clone", &uri, &dest, "--meta", &map, "--serve", &serve]).output().expect("decant runs");
     assert!(refused.status.code() == Some(1) && !place.path("dest").exists(), "{}", text(&refused));
     let tool = place.clone(&uri, &["--serve", &serve, "--chap", &chap]);
     succeed(20, "qemu-io", &["-f", "raw", "-c", "read 4M 64k", &tool.fact("uri")]);
+    assert_eq!(place.status()["origin"], *uri);
     place.await_filled();
     assert!(place.ask(&["detach"]).status.success());
     assert_eq!(export.end(), Some(0));
     assert_eq!(tool.end(), Some(0));
     same(&origin, &place.path("dest"));
     assert!(place.path("dest").metadata().expect("it").blocks() * 512 < 12 * MIB, "holes stay holes");
+    // From now on the same command needs neither the origin nor what was shown to it.
+    std::fs::remove_file(chap).expect("it is there");
+    let again = place.clone(&uri, &["--serve", &serve, "--chap", &place.at("chap")]);
+    assert_eq!(place.status()["state"], "whole");
+    assert_eq!(again.end(), Some(0));
 }
 
 #[test]

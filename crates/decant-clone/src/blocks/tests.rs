@@ -156,3 +156,28 @@ fn a_sparse_tebibyte_is_small_and_quick() {
     assert_eq!(map.count(State::Discarded), 1 << 28);
     assert!(map.pages.iter().flatten().all(|page| matches!(page.cells, Cells::Uniform(_))));
 }
+
+#[test]
+fn a_page_of_blocks_in_one_state_takes_no_room() {
+    for sector_size in [512, 4096] {
+        let shape = Shape::new(64 << 20, sector_size).unwrap();
+        let live: ExtentSet = [Extent { start: 0, length: shape.blocks() }].into_iter().collect();
+        let mut map = BlockMap::new(shape, live.clone());
+        let mixed = |map: &BlockMap| {
+            let is_mixed = |page: &Page| matches!(page.cells, Cells::Mixed(_));
+            map.pages.iter().flatten().filter(|page| is_mixed(page)).count()
+        };
+        // A part of a sector's block, where there can be one, keeps its page as it is.
+        let ragged = if sector_size == 512 { 1 } else { 0 };
+        map.mark_written(&(8..8 + ragged));
+        map.mark_fetched(0..shape.blocks());
+        assert_eq!(mixed(&map), ragged as usize, "{sector_size}");
+        // And when it is read back.
+        let mut again = BlockMap::new(shape, live);
+        (0..shape.pages()).for_each(|page| assert!(again.decode(page, &map.encode(page))));
+        assert_eq!(mixed(&again), ragged as usize, "{sector_size}");
+        for block in [0, 1, 2, shape.blocks() - 1] {
+            assert_eq!(again.entry(block), map.entry(block), "block {block}");
+        }
+    }
+}

@@ -12,6 +12,8 @@ use crate::blocks::State;
 const HOT_REGION: u64 = 256;
 /// Hot regions remembered.
 const HOT_REGIONS: usize = 64;
+/// Blocks of one fetch that a read waits for: 32 MiB, as much as an origin takes at a time.
+const MAX_FETCH: u64 = 8192;
 /// Bulk fetches in flight, so that a fragmented volume's many short runs stay bounded.
 const MAX_BULK_FETCHES: usize = 256;
 
@@ -27,7 +29,7 @@ impl<W> CloneCore<W> {
 
     pub(super) fn demand(&mut self, now: Duration, blocks: Range<u64>, plans: &mut Vec<Plan>) {
         let mut at = blocks.start;
-        while let Some(run) = self.fetchable(at..blocks.end, u64::MAX) {
+        while let Some(run) = self.fetchable(at..blocks.end, MAX_FETCH) {
             at = run.end;
             self.retry.iter_mut().for_each(|(range, due)| {
                 if range.start < run.end && run.start < range.end {
@@ -78,7 +80,7 @@ impl<W> CloneCore<W> {
         if self.no_room_until.is_some_and(|until| until <= now) {
             self.no_room_until = None;
         }
-        if !self.connected || !self.hydrate || self.no_room_until.is_some() {
+        if !self.connected || !self.hydrate || self.paused || self.no_room_until.is_some() {
             return;
         }
         loop {
@@ -161,7 +163,7 @@ impl<W> CloneCore<W> {
 
     /// When [`CloneCore::poll`] may have more to send although nothing else happens.
     pub fn next_poll(&mut self, now: Duration) -> Option<Duration> {
-        if !self.connected || !self.hydrate || self.map.count(State::Missing) == 0 {
+        if !self.connected || !self.hydrate || self.paused || self.map.count(State::Missing) == 0 {
             return None;
         }
         let retry = self.retry.iter().map(|(_, due)| *due).min();

@@ -1,5 +1,8 @@
+use decant_base::ExtentSet;
+
 use super::*;
 use crate::file::Identity;
+use crate::progress::Progress;
 use crate::shape::Shape;
 
 const LINK: Duration = Duration::from_millis(2);
@@ -61,14 +64,22 @@ impl Pair {
 
     /// The next answer arrives; `false`: none is due.
     fn step(&mut self) -> bool {
+        self.step_as(|_| Some(Came::Data), &mut Vec::new())
+    }
+
+    /// The same with what `answer` makes of the blocks; `None`: the origin cannot read them.
+    fn step_as(&mut self, answer: impl Fn(&Range<u64>) -> Option<Came>, failed: &mut Vec<Waiting<u64>>) -> bool {
         let Some((at, plan)) = self.wire.pop_front() else { return false };
         self.now = at;
-        let mut arrival = Arrival::new();
-        self.core.begin_store(self.now, plan.token, plan.blocks.clone(), &mut arrival);
-        self.core.end_store(&mut arrival, true);
-        self.answered
-            .extend(arrival.direct.drain(..).chain(arrival.ready.drain(..)).map(|read| (read.waiter, self.now)));
-        self.core.fetch_done(self.now, plan.token, true, &mut Vec::new());
+        let came = answer(&plan.blocks);
+        if let Some(came) = came {
+            let mut arrival = Arrival::new();
+            self.core.begin_store(self.now, plan.token, plan.blocks.clone(), came, &mut arrival);
+            self.core.end_store(&mut arrival, true);
+            self.answered
+                .extend(arrival.direct.drain(..).chain(arrival.ready.drain(..)).map(|read| (read.waiter, self.now)));
+        }
+        self.core.fetch_done(self.now, plan.token, came.is_some(), failed);
         self.poll();
         true
     }
@@ -143,7 +154,7 @@ fn an_unreadable_block_is_cut_out_and_tried_again_later() {
         let ok = !plan.blocks.contains(&333);
         if ok {
             let mut arrival = Arrival::new();
-            pair.core.begin_store(pair.now, plan.token, plan.blocks.clone(), &mut arrival);
+            pair.core.begin_store(pair.now, plan.token, plan.blocks.clone(), Came::Data, &mut arrival);
             pair.core.end_store(&mut arrival, true);
         }
         pair.core.fetch_done(pair.now, plan.token, ok, &mut Vec::new());
@@ -177,7 +188,7 @@ fn writes_and_stores_exclude_each_other() {
         panic!("not tracked")
     };
     let mut arrival = Arrival::new();
-    pair.core.begin_store(pair.now, plan.token, plan.blocks.clone(), &mut arrival);
+    pair.core.begin_store(pair.now, plan.token, plan.blocks.clone(), Came::Data, &mut arrival);
     assert_eq!(arrival.store, [0..80, 160..plan.blocks.end * 8], "nothing over the write under way");
     assert!(matches!(pair.core.begin_write(&(0..8), Kind::Written), Begin::Busy));
     assert!(pair.core.end_write(id, true).is_some());
@@ -263,4 +274,119 @@ fn the_hydration_lets_a_boot_go_first_and_not_for_ever() {
     pair.now = began + BOOT_QUIET;
     pair.poll();
     assert!(!pair.order.is_empty());
+}
+
+#[test]
+fn read_ahead_over_a_bad_block_fails_the_reads_of_that_block_only() {
+    let mut pair = Pair::new(1000, &[(0, 1000)]);
+    pair.core.set_hydrate(false);
+    pair.up();
+    let answer = |blocks: &Range<u64>| (!blocks.contains(&105)).then_some(Came::Data);
+    let mut failed = Vec::new();
+    for block in 100..110 {
+        if pair.read(block) {
+            while pair.step_as(answer, &mut failed) {}
+        }
+    }
+    let failed: Vec<u64> = failed.into_iter().map(|read| read.waiter).collect();
+    assert_eq!(failed, [105]);
+    assert_eq!(pair.core.parked(), 0, "all others are answered");
+    // Whoever waits for what somebody else asked for is not failed with him either.
+    let mut pair = Pair::new(1000, &[(0, 1000)]);
+    pair.core.set_hydrate(false);
+    pair.up();
+    let (mut plans, mut failed) = (Vec::new(), Vec::new());
+    assert!(pair.core.park(pair.now, 100 * 8..110 * 8, 100, &mut plans).is_ok());
+    pair.sent(plans);
+    assert!(pair.read(102));
+    while pair.step_as(answer, &mut failed) {}
+    assert_eq!(failed.iter().map(|read| read.waiter).collect::<Vec<_>>(), [100]);
+    assert_eq!(pair.answered.iter().map(|(waiter, _)| *waiter).collect::<Vec<_>>(), [102]);
+}
+
+#[test]
+fn holes_are_neither_limited_nor_counted_as_carried() {
+    let mut pair = Pair::new(40_000, &[(0, 40_000)]);
+    pair.core.set_limit(pair.now, Some(1_000_000));
+    pair.up();
+    let begun = pair.now;
+    while pair.core.map().count(State::Missing) > 0 {
+        if !pair.step_as(|_| Some(Came::Hole), &mut Vec::new()) {
+            pair.now = pair.core.next_poll(pair.now).expect("it goes on");
+            pair.poll();
+        }
+    }
+    let took = pair.now - begun;
+    assert!(took < Duration::from_secs(5), "160 MB of holes took {took:?}");
+    let progress = pair.core.progress(pair.now, 0);
+    assert_eq!((progress.fetched, progress.rate), (0, 0));
+    // And data are limited from a second's worth on.
+    let mut pair = Pair::new(40_000, &[(0, 40_000)]);
+    pair.core.set_limit(pair.now, Some(1_000_000));
+    pair.up();
+    let begun = pair.now;
+    let answer = |blocks: &Range<u64>| Some(if blocks.start < 20_000 { Came::Hole } else { Came::Data });
+    while pair.now < begun + Duration::from_secs(10) {
+        if !pair.step_as(answer, &mut Vec::new()) {
+            pair.now = pair.core.next_poll(pair.now).expect("it goes on");
+            pair.poll();
+        }
+    }
+    let fetched = pair.core.progress(pair.now, 0).fetched;
+    assert!((8_000_000..11_500_000).contains(&fetched), "{fetched} bytes in 10 s");
+}
+
+#[test]
+fn where_waiting_reads_are_in_no_way_none_fails_for_want_of_room() {
+    let mut pair = Pair::new(40_000, &[(0, 40_000)]);
+    pair.core.set_most_waiting(usize::MAX);
+    pair.core.set_hydrate(false);
+    pair.up();
+    for read in 0..crate::demand::MAX_PARKED as u64 {
+        assert!(pair.read(read * 19));
+    }
+    assert_eq!(pair.core.stalls_at(), None);
+    let mut failed = Vec::new();
+    assert!(!pair.core.shed_reads(pair.now + Duration::from_secs(1000), &mut failed) && failed.is_empty());
+    // One too many; and reads whose readers have gone make room.
+    assert!(!pair.read(39_999));
+    pair.core.drop_unwanted(|read| read % 2 == 0);
+    assert!(pair.read(39_999));
+    assert_eq!(pair.core.parked(), crate::demand::MAX_PARKED / 2 + 1);
+}
+
+#[test]
+fn a_pause_holds_what_nobody_asked_for_and_says_who_paused() {
+    let mut pair = Pair::new(40_000, &[(0, 40_000)]);
+    pair.core.set_paused(true);
+    pair.up();
+    assert!(pair.order.is_empty() && pair.core.next_poll(pair.now).is_none());
+    assert!(pair.core.progress(pair.now, 0).hindrance.starts_with("PAUSED"));
+    assert!(pair.read(7));
+    while pair.step() {}
+    assert_eq!(pair.order.len(), 1);
+    pair.core.set_paused(false);
+    pair.poll();
+    assert!(pair.order.len() > 1);
+}
+
+#[test]
+fn the_last_block_counts_as_many_bytes_as_it_has() {
+    let shape = Shape::new(3 * BLOCK + 512, 512).unwrap();
+    let identity = Identity { volume: "v".into(), shape, epoch: Some(1), boot: "b".into() };
+    let live: ExtentSet = [decant_base::Extent { start: 0, length: 4 }].into_iter().collect();
+    let (file, _) = MapFile::create(&identity, &live);
+    let mut core = CloneCore::<u64>::new(BlockMap::new(shape, live), file, Duration::ZERO);
+    let figures = |core: &mut CloneCore<u64>| {
+        let Progress { total, missing, filled, written, discarded, .. } = core.progress(Duration::ZERO, 0);
+        assert_eq!((total, missing + filled + written + discarded), (shape.size(), shape.size()));
+        [missing, filled, written, discarded]
+    };
+    assert_eq!(figures(&mut core), [3 * BLOCK + 512, 0, 0, 0]);
+    core.parts().1.mark_fetched(3..4);
+    assert_eq!(figures(&mut core), [3 * BLOCK, 512, 0, 0]);
+    core.parts().1.mark_written(&(24..25));
+    assert_eq!(figures(&mut core), [3 * BLOCK, 0, 512, 0]);
+    core.parts().1.mark_discarded(&(0..25));
+    assert_eq!(figures(&mut core), [0, 0, 0, 3 * BLOCK + 512]);
 }

@@ -58,7 +58,16 @@ pub trait Disk: Send + Sync {
     /// Leaves a note that the volume may acknowledge nothing any more; as durable as the disk still allows.
     fn note_failure(&self, why: &str);
     /// The note of an earlier process.
-    fn failure(&self) -> Option<String>;
+    fn failure(&self) -> Option<Note>;
+}
+
+/// What a process whose volume failed left for the next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Note {
+    /// Why it failed.
+    pub why: String,
+    /// The file that says so; without it the next process opens the volume as it is.
+    pub path: PathBuf,
 }
 
 /// A regular file, or what follows its first `base` bytes.
@@ -194,10 +203,21 @@ pub fn open_image(path: &Path) -> std::io::Result<File> {
     }
 }
 
-/// A volume's files on a file system: `volume.img`, `volume.map`, `volume.marks`, `volume.failed`, in one directory.
+/// The file that belongs to a map: its whole name with `.ending` added, so that maps of different names share none.
+pub fn beside(map: &Path, ending: &str) -> PathBuf {
+    let mut name = map.as_os_str().to_owned();
+    name.push(".");
+    name.push(ending);
+    name.into()
+}
+
+/// A volume's files on a file system: the image, and beside the map ([`beside`]) `.marks`, `.failed`, and `.new` while a map is
+/// made.
 pub struct Files {
     image: Arc<dyn Medium>,
     map: PathBuf,
+    /// Larger maps than this are sparse.
+    reserved: u64,
 }
 
 /// Maps up to this size get their blocks when they are made, so that no flush fails for want of room for a mark. 2 TiB of
@@ -208,37 +228,43 @@ impl Files {
     /// `image` is `path`, opened and locked ([`open_image`]); its payload is `payload` bytes from `header` on. `map` is where the
     /// clone's map is or will be.
     pub fn new(image: File, path: &Path, header: u64, payload: u64, map: PathBuf) -> Self {
-        Self { image: Arc::new(FilePart::payload(image, path, header, payload)), map }
+        Self { image: Arc::new(FilePart::payload(image, path, header, payload)), map, reserved: RESERVED_MAP }
+    }
+
+    /// A map of any size gets its blocks when it is made, so that no mark ever lacks room.
+    #[must_use]
+    pub fn with_room_for_all(self) -> Self {
+        Self { reserved: u64::MAX, ..self }
     }
 
     fn marks(&self) -> PathBuf {
-        self.map.with_extension("marks")
+        beside(&self.map, "marks")
     }
 
     fn failed(&self) -> PathBuf {
-        self.map.with_extension("failed")
+        beside(&self.map, "failed")
     }
 
     fn new_map(&self) -> Result<File, Errno> {
         let mut options = std::fs::OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false);
-        options.open(self.map.with_extension("map.new")).map_err(errno)
+        options.open(beside(&self.map, "new")).map_err(errno)
+    }
+
+    /// Gives a map its blocks, unless that is too much or the file system cannot.
+    fn reserve(&self, map: &File, length: u64) -> Result<(), Errno> {
+        if length > self.reserved {
+            return Ok(());
+        }
+        match rustix::fs::fallocate(map, FallocateFlags::empty(), 0, length) {
+            Ok(()) | Err(Errno::OPNOTSUPP) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     fn sync_directory(&self) -> Result<(), Errno> {
         let directory = self.map.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
         File::open(directory).and_then(|file| file.sync_all()).map_err(errno)
-    }
-}
-
-/// Gives a map its blocks, unless that is too much or the file system cannot.
-fn reserve(map: &File, length: u64) -> Result<(), Errno> {
-    if length > RESERVED_MAP {
-        return Ok(());
-    }
-    match rustix::fs::fallocate(map, FallocateFlags::empty(), 0, length) {
-        Ok(()) | Err(Errno::OPNOTSUPP) => Ok(()),
-        Err(error) => Err(error),
     }
 }
 
@@ -257,7 +283,13 @@ impl Disk for Files {
 
     fn open_map(&self) -> Result<Option<Arc<dyn Medium>>, Errno> {
         match std::fs::OpenOptions::new().read(true).write(true).open(&self.map) {
-            Ok(file) => Ok(Some(Arc::new(FilePart::whole(file)))),
+            Ok(file) => {
+                // Copied from elsewhere, it may have become sparse.
+                if self.reserved == u64::MAX {
+                    self.reserve(&file, file.metadata().map_err(errno)?.len())?;
+                }
+                Ok(Some(Arc::new(FilePart::whole(file))))
+            }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(errno(error)),
         }
@@ -266,7 +298,7 @@ impl Disk for Files {
     fn reserve_map(&self, length: u64) -> Result<(), Errno> {
         let file = self.new_map()?;
         file.set_len(0).map_err(errno)?;
-        reserve(&file, length)?;
+        self.reserve(&file, length)?;
         file.sync_all().map_err(errno)?;
         self.sync_directory()
     }
@@ -278,12 +310,12 @@ impl Disk for Files {
             file.set_len(0).map_err(errno)?;
         }
         file.set_len(length).map_err(errno)?;
-        reserve(&file, length)?;
+        self.reserve(&file, length)?;
         for (offset, bytes) in writes {
             file.write_all_at(bytes, *offset).map_err(errno)?;
         }
         file.sync_all().map_err(errno)?;
-        std::fs::rename(self.map.with_extension("map.new"), &self.map).map_err(errno)?;
+        std::fs::rename(beside(&self.map, "new"), &self.map).map_err(errno)?;
         self.sync_directory()?;
         Ok(Arc::new(FilePart::whole(file)))
     }
@@ -312,8 +344,14 @@ impl Disk for Files {
         }
     }
 
-    fn failure(&self) -> Option<String> {
-        std::fs::read_to_string(self.failed()).ok()
+    fn failure(&self) -> Option<Note> {
+        let path = self.failed();
+        // One that cannot be read is no leave to pass over it.
+        match std::fs::read(&path) {
+            Ok(why) => Some(Note { why: String::from_utf8_lossy(&why).into_owned(), path }),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+            Err(error) => Some(Note { why: format!("its note cannot be read: {error}"), path }),
+        }
     }
 }
 

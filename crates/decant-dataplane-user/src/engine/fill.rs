@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use decant_base::{BLOCK, SECTOR};
 use decant_clone::demand::Waiting;
-use decant_clone::{Arrival, Plan};
+use decant_clone::{Arrival, Came, Plan};
 use rustix::io::Errno;
 
 use super::{DIGEST_TOKENS, Engine, Life, Waiter, lock};
@@ -98,6 +98,9 @@ impl Fill {
     }
 }
 
+/// The largest buffer that a thread keeps.
+const MAX_SCRATCH: usize = 1 << 20;
+
 thread_local! {
     static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
@@ -109,6 +112,10 @@ pub(super) fn with_scratch(length: usize, work: impl FnOnce(&mut [u8])) {
         buffer.resize(length, 0);
     }
     work(&mut buffer[..length]);
+    // One for a read of many megabytes is not kept for all that come after it.
+    if buffer.len() > MAX_SCRATCH {
+        buffer = Vec::new();
+    }
     SCRATCH.set(buffer);
 }
 
@@ -210,9 +217,9 @@ impl Engine {
             let now = self.now();
             stalled = core.shed_reads(now, &mut failed);
             let hold = self.unsynced.load(Ordering::Acquire) > self.backlog().hold_at
-                || self.has_failed.load(Ordering::Acquire)
-                || self.fill.paused.load(Ordering::Acquire);
+                || self.has_failed.load(Ordering::Acquire);
             core.set_hydrate(!hold);
+            core.set_paused(self.fill.paused.load(Ordering::Acquire));
             core.poll(now, &mut plans);
             let next = [core.next_poll(now), core.stalls_at()].into_iter().flatten().min();
             due = next.map(|due| due.max(now + SHORTEST_WAIT));
@@ -253,8 +260,10 @@ impl Engine {
     /// `bytes`, whole blocks of a fetch, arrived: answer, store, mark.
     fn arrived(&self, token: u64, range: Range<u64>, bytes: &Bytes<'_>) {
         let mut arrival = lock(&self.fill.idle).pop().unwrap_or_default();
+        let came = if matches!(bytes, Bytes::Hole) { Came::Hole } else { Came::Data };
+        let blocks = self.shape.touched(range.clone());
         match &mut *lock(&self.life) {
-            Life::Clone(core) => core.begin_store(self.now(), token, self.shape.touched(range.clone()), &mut arrival),
+            Life::Clone(core) => core.begin_store(self.now(), token, blocks, came, &mut arrival),
             _ => return,
         }
         for read in arrival.direct.drain(..) {

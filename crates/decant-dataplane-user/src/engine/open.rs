@@ -8,9 +8,10 @@ use decant_base::{BLOCK, Epoch, ExtentSet, VolumeId};
 use decant_clone::file::Found;
 use decant_clone::marks::{self, Mark};
 use decant_clone::{BlockMap, CloneCore, Identity, MapError, MapFile, Shape};
-use decant_dataplane::{MissingPolicy, Verification};
+use decant_dataplane::Verification;
 use rustix::io::Errno;
 
+use super::disk::Note;
 use super::{CLONE, Cipher, Disk, Early, Engine, Life, MapFiles, Medium, Waiter, commit, lock};
 
 /// What the volume is, as its metadata (`volume.json`) has it. The map file must agree.
@@ -48,14 +49,21 @@ pub fn boot_id() -> std::io::Result<String> {
     Ok(std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
 
+/// Bytes of a map: superblocks, pages, and a live table of the usual length.
+pub fn map_bytes(shape: Shape) -> u64 {
+    (shape.pages() * 2 + 2) * BLOCK + (64 << 10)
+}
+
 /// Why an engine does not open or begin.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// The volume failed in an earlier process.
     #[error(
-        "the volume stopped acknowledging earlier ({0}); what it holds since its last flush is uncertain. Boot the source's copy, or check the file system and remove volume.failed"
+        "the volume stopped acknowledging earlier ({}); what it holds since its last flush is uncertain. Boot the source's copy, or check the file system and remove {}",
+        .0.why,
+        .0.path.display()
     )]
-    Failed(String),
+    Failed(Note),
     /// A clone's map is gone: which blocks are here is not known.
     #[error(
         "the clone's map is missing, so which blocks are here is not known; the source's sealed copy is the way back"
@@ -91,15 +99,13 @@ impl Engine {
     /// # Errors
     /// [`OpenError`]; nothing was changed on disk except by a map that opened.
     pub fn open(options: Options) -> Result<Arc<Self>, OpenError> {
-        if let Some(why) = options.disk.failure() {
-            return Err(OpenError::Failed(why));
+        if let Some(note) = options.disk.failure() {
+            return Err(OpenError::Failed(note));
         }
         let map = options.disk.open_map().map_err(io("open the clone's map"))?;
         let (life, files, verified) = match (options.mode, map) {
             (Mode::Prepared, None) => {
-                // Superblocks, pages, and a live table of the usual length.
-                let length = (options.shape.pages() * 2 + 2) * BLOCK + (64 << 10);
-                options.disk.reserve_map(length).map_err(io("make room for the clone's map"))?;
+                options.disk.reserve_map(map_bytes(options.shape)).map_err(io("make room for the clone's map"))?;
                 (Life::Prepared(Early::default()), None, None)
             }
             (Mode::Plain, None) => (Life::Plain, None, None),
@@ -165,32 +171,36 @@ impl Engine {
     /// # Errors
     /// If the volume is not prepared, or the map cannot be made.
     pub fn begin(self: &Arc<Self>, live: ExtentSet, epoch: Epoch) -> Result<(), OpenError> {
-        let early = {
+        let reads = {
             let mut life = lock(&self.life);
-            match &mut *life {
+            let early = match &mut *life {
                 Life::Plain => return Err(OpenError::State("it is whole")),
                 Life::Clone(core) if core.file().superblock().epoch == epoch.0 => return Ok(()),
                 Life::Clone(_) => return Err(OpenError::State("it was begun at another epoch")),
-                Life::Prepared(_) => {}
-            }
+                Life::Prepared(early) => early,
+            };
             let (mut core, files) = self.make_clone(live, epoch)?;
             *lock(&self.files) = Some(Arc::new(files));
-            if matches!(&*life, Life::Prepared(early) if early.boot) {
+            let Early { reads, limit, eio, boot, link, most_waiting } = std::mem::take(early);
+            // All of it before anybody sees the clone: an origin that is up sets the hydration going at once.
+            core.set_limit(self.now(), limit);
+            if boot {
                 core.expect_boot(self.now());
             }
-            let Life::Prepared(early) = std::mem::replace(&mut *life, Life::Clone(Box::new(core))) else {
-                return Ok(());
-            };
+            if let Some(reads) = most_waiting {
+                core.set_most_waiting(reads);
+            }
+            let mut none_waits_yet = Vec::new();
+            core.set_eio_when_away(eio, &mut none_waits_yet);
+            if let Some((up, detail)) = link {
+                core.handle_link(self.now(), up, &detail, &mut none_waits_yet);
+            }
+            *life = Life::Clone(Box::new(core));
             self.phase.store(CLONE, Ordering::Release);
-            early
+            reads
         };
         self.note_flush();
-        self.set_limit(early.limit);
-        self.set_policy(if early.eio { MissingPolicy::Eio } else { MissingPolicy::Wait });
-        if let Some((up, detail)) = early.link {
-            self.link(up, &detail);
-        }
-        for (bytes, sink) in early.reads {
+        for (bytes, sink) in reads {
             self.park(bytes.start, (bytes.end - bytes.start) as usize, sink);
         }
         self.pump();

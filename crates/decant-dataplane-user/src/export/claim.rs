@@ -3,15 +3,20 @@
 //! | in use by | told by |
 //! |---|---|
 //! | a mount, swap, device mapper, MD, LVM, a loop device on it | a block device does not open with O_EXCL |
-//! | somebody who has the file open for writing, a loop device and a swap file included | the kernel grants no read lease (F_SETLEASE) on it |
+//! | a process that has the device, its disk or a partition of it open for writing | /proc/*/fd, as far as this user may look |
+//! | somebody who has the file open for writing, a loop device and a swap file included | the kernel grants no read lease (F_SETLEASE) on it; where it has no leases, /proc/*/fd |
 //! | a loop device that only reads | /sys/block/loop*/loop/backing_file |
+//! | QEMU, and others that lock bytes | F_OFD_GETLK |
 //! | another decant | flock, exclusive for a writer, shared for readers |
 //!
-//! What this cannot see: whoever comes later (a block device that is being written keeps its O_EXCL claim, so that it cannot be
-//! mounted; a file does not keep anybody out but decant), users on other hosts of a network file system, and, on file systems
-//! without leases (FUSE, NFS, 9p), writers that take no lock.
+//! What this cannot see: whoever comes later (a block device that is being written, and one that is a clone's origin, keeps its
+//! O_EXCL claim, so that it cannot be mounted; nobody else is kept out but decant), users on other hosts of a network file
+//! system or of a shared disk, and what processes that /proc does not show have open where the kernel does not tell: without root
+//! those of other users, inside a container those outside it.
 
 #![allow(unsafe_code)]
+
+mod holders;
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -78,16 +83,40 @@ impl Claim {
     }
 }
 
+/// What something is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    /// Reading, beside other readers.
+    Read,
+    /// Reading what must not change for as long as it is open: nobody may mount it meanwhile.
+    Origin,
+    /// Writing.
+    Write,
+}
+
 /// Opens `path` for reading, and for writing if asked. Writers share with nobody, readers with readers.
 ///
 /// # Errors
 /// [`ClaimError`]; nothing was changed.
 pub fn claim(path: &Path, write: bool) -> Result<Claim, ClaimError> {
+    claim_for(path, if write { Purpose::Write } else { Purpose::Read })
+}
+
+/// Opens a clone's origin for reading. A block device stays claimed for as long as it is open; a file is shared with readers.
+///
+/// # Errors
+/// [`ClaimError`].
+pub fn claim_origin(path: &Path) -> Result<Claim, ClaimError> {
+    claim_for(path, Purpose::Origin)
+}
+
+fn claim_for(path: &Path, purpose: Purpose) -> Result<Claim, ClaimError> {
     let open = |source| ClaimError::Open { path: path.to_owned(), source };
     let meta = std::fs::metadata(path).map_err(open)?;
     let is_block_device = meta.file_type().is_block_device();
+    let write = purpose == Purpose::Write;
     let file = if is_block_device {
-        open_device(path, write)?
+        open_device(path, purpose)?
     } else if meta.is_file() {
         open_file(path, write)?
     } else {
@@ -98,6 +127,12 @@ pub fn claim(path: &Path, write: bool) -> Result<Claim, ClaimError> {
         Ok(()) => {}
         Err(Errno::AGAIN) => return Err(in_use(path, "another process, most likely a decant, has locked it")),
         Err(error) => return Err(open(error.into())),
+    }
+    if let Some(whose) = holders::locked_bytes(&file, write) {
+        return Err(in_use(path, format!("{whose} has locked bytes of it, as QEMU does")));
+    }
+    if is_block_device && let Some(writer) = holders::writer_of(&holders::Target::device(meta.rdev())) {
+        return Err(in_use(path, format!("{writer} has it open for writing")));
     }
     let size = if is_block_device {
         // The end is where seeking says; the metadata of a device node has no length.
@@ -112,13 +147,17 @@ fn in_use(path: &Path, by: impl Into<String>) -> ClaimError {
     ClaimError::InUse { path: path.to_owned(), by: by.into() }
 }
 
-fn open_device(path: &Path, write: bool) -> Result<File, ClaimError> {
+fn open_device(path: &Path, purpose: Purpose) -> Result<File, ClaimError> {
+    let write = purpose == Purpose::Write;
     let exclusive = OpenOptions::new().read(true).write(write).custom_flags(libc::O_EXCL).open(path);
     let claimed = exclusive.map_err(|source| match source.raw_os_error() {
-        Some(libc::EBUSY) => in_use(path, "it is mounted, is swap, or belongs to a device mapper, RAID or loop device"),
+        Some(libc::EBUSY) => in_use(
+            path,
+            "it is mounted, is swap, belongs to a device mapper, RAID or loop device, or another decant has it",
+        ),
         _ => ClaimError::Open { path: path.to_owned(), source },
     })?;
-    if write {
+    if purpose != Purpose::Read {
         return Ok(claimed);
     }
     // Nobody has a claim, so nobody writes by one; ours would keep other readers out.
@@ -135,8 +174,13 @@ fn open_file(path: &Path, write: bool) -> Result<File, ClaimError> {
     match lease(&file, libc::F_RDLCK) {
         Ok(()) => lease(&file, libc::F_UNLCK).map_err(|error| open(error.into()))?,
         Err(Errno::AGAIN) => return Err(in_use(path, "another process has it open for writing")),
-        // A file system without leases, or somebody else's file and no CAP_LEASE: the lock below is what there is.
-        Err(_) => {}
+        // A file system without leases, or somebody else's file and no CAP_LEASE.
+        Err(_) => {
+            let meta = file.metadata().map_err(open)?;
+            if let Some(writer) = holders::writer_of(&holders::Target::file(meta.dev(), meta.ino())) {
+                return Err(in_use(path, format!("{writer} has it open for writing")));
+            }
+        }
     }
     if !write {
         return Ok(file);
@@ -226,5 +270,24 @@ mod tests {
         assert!(reason(claim(Path::new("/"), false)).contains("neither"));
         assert!(reason(claim(Path::new("/dev/null"), false)).contains("neither"));
         assert!(reason(claim(Path::new("/nowhere/at-all"), false)).contains("cannot open"));
+    }
+
+    #[test]
+    fn bytes_that_a_virtual_machine_has_locked_are_seen() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a");
+        std::fs::write(&path, [7; 8192]).unwrap();
+        let machine = File::open(&path).unwrap();
+        // As QEMU for a disk that it only reads: in nobody's way but a writer's.
+        holders::lock_byte(&machine, 100);
+        assert!(reason(claim(&path, true)).contains("has locked bytes of it"));
+        assert!(claim(&path, false).is_ok() && claim_origin(&path).is_ok());
+        // And for one that it writes.
+        holders::lock_byte(&machine, 101);
+        for purpose in [Purpose::Read, Purpose::Origin, Purpose::Write] {
+            assert!(reason(claim_for(&path, purpose)).contains("has locked bytes of it"), "{purpose:?}");
+        }
+        drop(machine);
+        assert!(claim(&path, true).is_ok());
     }
 }

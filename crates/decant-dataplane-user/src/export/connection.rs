@@ -1,7 +1,9 @@
 //! One connection of an export.
 
+use std::collections::VecDeque;
 use std::io::{self, IoSlice};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use decant_nbd::server::{Event, Replier, Server};
@@ -9,7 +11,7 @@ use decant_nbd::{Command, Context, ErrorCode, MAX_DESCRIPTORS, MAX_UNIT, Request
 use rustix::io::Errno;
 
 use super::replies::{CHUNK, Replies};
-use super::{HANDSHAKE_DEADLINE, Shared, read_waiting};
+use super::{HANDSHAKE_DEADLINE, Shared};
 use crate::device::{ReadSink, Served, Status};
 use crate::stream::{Kick, Stream, Wait, now};
 use crate::tls::Session;
@@ -35,56 +37,87 @@ enum Ended {
     Closing,
 }
 
-/// Reads of one connection that wait for their bytes, at most; what comes then waits in the socket.
-const MAX_PARKED: usize = 64;
+/// Reads of one connection that wait for their bytes, at most; what comes then waits in the socket. More than a clone lets wait
+/// in all, so that there it never comes to that: what is too many fails, and writes go on.
+const MAX_PARKED: usize = 4096;
+const _: () = assert!(MAX_PARKED > decant_clone::demand::MAX_PARKED);
 
 /// The way out: the connection's thread and whoever completes a parked read write here, whole replies under one lock.
 struct Outlet {
     stream: Mutex<Stream>,
     kick: Arc<Kick>,
     parked: AtomicUsize,
+    /// Reads that do not wait any more, for the thread to go on with.
+    rests: Mutex<VecDeque<Rest>>,
+    bytes_read: Arc<AtomicU64>,
+    closed: AtomicBool,
 }
 
 impl Outlet {
     fn lock(&self) -> MutexGuard<'_, Stream> {
         self.stream.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn rests(&self) -> MutexGuard<'_, VecDeque<Rest>> {
+        self.rests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
-/// A read whose bytes were not here.
+/// What is still to be done of a read that waited.
+struct Rest {
+    request: Request,
+    /// From here on.
+    offset: u64,
+    /// Or it failed there.
+    result: Result<(), Errno>,
+}
+
+/// A part of a read whose bytes were not here: one piece, with the rest of the read behind it; or all of a read that has to be
+/// answered in one piece. So a read takes no memory while it waits, and never more than a piece of it waits.
 struct Parked {
     outlet: Arc<Outlet>,
     replier: Replier,
     request: Request,
-    /// The part of the request that is missing: all of it, or its end.
     offset: u64,
     length: u32,
 }
 
 impl ReadSink for Parked {
     fn complete(self: Box<Self>, result: Result<&[u8], Errno>) {
-        let (offset, length) = (self.offset, self.length);
-        let waits = {
-            let mut stream = self.outlet.lock();
-            // A connection that broke is found broken by its thread.
-            let _ = match result {
+        let Self { outlet, replier, request, offset, length } = *self;
+        let next = offset + u64::from(length);
+        let ends = next == request.offset + u64::from(request.length);
+        let (rest, waits) = {
+            let mut stream = outlet.lock();
+            let rest = match result {
+                // The client has yet to take what it was sent. Its next bytes are read again when it has, instead of being
+                // kept until then.
+                Ok(_) if stream.has_pending() => Some((offset, Ok(()))),
                 Ok(data) => {
-                    let header = self.replier.data(&self.request, offset, length, true);
-                    stream.send(&[IoSlice::new(header.as_bytes()), IoSlice::new(data)])
+                    let header = replier.data(&request, offset, length, ends);
+                    // A connection that broke is found broken by its thread.
+                    let _ = stream.send(&[IoSlice::new(header.as_bytes()), IoSlice::new(data)]);
+                    outlet.bytes_read.fetch_add(length.into(), Ordering::Relaxed);
+                    (!ends).then_some((next, Ok(())))
                 }
-                Err(errno) => {
-                    let mut out = Vec::new();
-                    self.replier.error(&self.request, code(errno), Some(offset), &mut out);
-                    stream.send(&[IoSlice::new(&out)])
-                }
+                // An error ends the answer: the thread knows what of it is not sent yet.
+                Err(errno) => Some((offset, Err(errno))),
             };
-            stream.has_pending()
+            (rest, stream.has_pending())
         };
-        let before = self.outlet.parked.fetch_sub(1, Ordering::AcqRel);
-        // The thread sends what the socket did not take, or waits for room for one more.
-        if waits || before == MAX_PARKED {
-            self.outlet.kick.kick();
+        let has_rest = rest.is_some();
+        if let Some((offset, result)) = rest {
+            outlet.rests().push_back(Rest { request, offset, result });
         }
+        let before = outlet.parked.fetch_sub(1, Ordering::AcqRel);
+        // The thread sends what the socket did not take, goes on with the read, or waits for room for one more.
+        if has_rest || waits || before == MAX_PARKED {
+            outlet.kick.kick();
+        }
+    }
+
+    fn is_wanted(&self) -> bool {
+        !self.outlet.closed.load(Ordering::Relaxed)
     }
 }
 
@@ -107,9 +140,17 @@ struct Connection<'a> {
 pub(super) fn run(shared: &Shared, stream: Stream, kick: &Arc<Kick>, peer: &str) {
     let mut out = Vec::new();
     let core = Server::new(shared.config.clone(), &mut out);
+    let outlet = Outlet {
+        stream: Mutex::new(stream),
+        kick: Arc::clone(kick),
+        parked: AtomicUsize::new(0),
+        rests: Mutex::default(),
+        bytes_read: Arc::clone(&shared.bytes_read),
+        closed: AtomicBool::new(false),
+    };
     let mut connection = Connection {
         shared,
-        outlet: Arc::new(Outlet { stream: Mutex::new(stream), kick: Arc::clone(kick), parked: AtomicUsize::new(0) }),
+        outlet: Arc::new(outlet),
         kick,
         core,
         input: vec![0; INPUT],
@@ -121,7 +162,9 @@ pub(super) fn run(shared: &Shared, stream: Stream, kick: &Arc<Kick>, peer: &str)
         digests: Vec::new(),
     };
     let export = &shared.config.export.name;
-    match connection.serve() {
+    let ended = connection.serve();
+    connection.outlet.closed.store(true, Ordering::Relaxed);
+    match ended {
         Ok(()) => tracing::debug!(peer, export, "NBD client left"),
         Err(Ended::Closing) => tracing::debug!(peer, export, "NBD connection closed with its export"),
         Err(reason) if connection.core.is_connected() => tracing::info!(peer, export, %reason, "NBD connection ended"),
@@ -136,6 +179,9 @@ impl Connection<'_> {
     fn serve(&mut self) -> Result<(), Ended> {
         let deadline = now().checked_add(HANDSHAKE_DEADLINE);
         loop {
+            while let Some(rest) = self.next_rest() {
+                self.go_on(&rest)?;
+            }
             let step = self.core.handle_input(&self.input[self.start..self.end], &mut self.out);
             if step.is_err() {
                 // What was refused before the violation may tell the client what is wrong.
@@ -160,7 +206,22 @@ impl Connection<'_> {
         }
     }
 
-    /// Reads what there is, waiting for it until the deadline.
+    fn next_rest(&self) -> Option<Rest> {
+        self.outlet.rests().pop_front()
+    }
+
+    /// Goes on with a read that waited.
+    fn go_on(&mut self, rest: &Rest) -> Result<(), Ended> {
+        match rest.result {
+            Ok(()) => self.read(&rest.request, rest.offset),
+            Err(errno) => {
+                self.core.error(&rest.request, code(errno), Some(rest.offset), &mut self.out);
+                self.queue_out()
+            }
+        }
+    }
+
+    /// Reads what there is, waiting for it until the deadline, or until there is something else to do.
     fn fill(&mut self, deadline: Option<std::time::Instant>) -> Result<(), Ended> {
         self.input.copy_within(self.start..self.end, 0);
         self.end -= self.start;
@@ -168,6 +229,9 @@ impl Connection<'_> {
         loop {
             if self.shared.is_closed() {
                 return Err(Ended::Closing);
+            }
+            if !self.outlet.rests().is_empty() {
+                return Ok(());
             }
             let read = self.outlet.lock().read(&mut self.input[self.end..]);
             match read {
@@ -257,8 +321,7 @@ impl Connection<'_> {
     fn perform(&mut self, request: &Request) -> Result<(), Ended> {
         self.await_ready()?;
         match request.command {
-            Command::Read { unfragmented } if self.core.structured() => self.read_chunks(request, unfragmented),
-            Command::Read { .. } => self.read_whole(request),
+            Command::Read { .. } => self.read(request, request.offset),
             Command::Write { fua } => self.write(request, fua),
             Command::BlockStatus { one } => self.block_status(request, one),
             Command::Flush => {
@@ -314,16 +377,25 @@ impl Connection<'_> {
         self.queue_out()
     }
 
-    /// A read as chunks: data straight from the medium behind its header, holes as holes.
-    fn read_chunks(&mut self, request: &Request, unfragmented: bool) -> Result<(), Ended> {
+    /// Reads from `offset` on, which is where the request begins or where it goes on after a wait.
+    fn read(&mut self, request: &Request, offset: u64) -> Result<(), Ended> {
         if request.length == 0 {
             return self.finish(request, Ok(()));
         }
         let end = request.offset + u64::from(request.length);
-        let mut runs = std::mem::take(&mut self.runs);
-        let result = self.read_runs(request, unfragmented, end, &mut runs);
-        self.runs = runs;
-        match result? {
+        let result = match request.command {
+            Command::Read { unfragmented } if self.core.structured() => {
+                let mut runs = std::mem::take(&mut self.runs);
+                let result = self.read_runs(request, unfragmented, offset..end, &mut runs);
+                self.runs = runs;
+                result?
+            }
+            // All or an error: without structured replies a read has one part.
+            _ => {
+                self.read_piece(request, offset, request.length as usize)?.map(|_| ()).map_err(|errno| (errno, offset))
+            }
+        };
+        match result {
             Ok(()) => Ok(()),
             Err((errno, offset)) => {
                 self.core.error(request, code(errno), Some(offset), &mut self.out);
@@ -332,15 +404,16 @@ impl Connection<'_> {
         }
     }
 
+    /// A read as chunks: data straight from the medium behind its header, holes as holes; up to its end, or to where it waits.
     /// The outer result is the connection's, the inner the medium's.
     fn read_runs(
         &mut self,
         request: &Request,
         unfragmented: bool,
-        end: u64,
+        range: Range<u64>,
         runs: &mut Vec<Status>,
     ) -> Result<Result<(), (Errno, u64)>, Ended> {
-        let mut offset = request.offset;
+        let Range { start: mut offset, end } = range;
         while offset < end {
             runs.clear();
             if let Err(errno) = self.shared.device.status(offset, end - offset, runs) {
@@ -351,7 +424,8 @@ impl Connection<'_> {
             }
             let whole_hole = runs.first().is_some_and(|run| run.hole && run.length >= end - offset);
             if unfragmented && !whole_hole {
-                return self.read_piece(request, offset, (end - offset) as usize, end);
+                let read = self.read_piece(request, offset, (end - offset) as usize)?;
+                return Ok(read.map(|_| ()).map_err(|errno| (errno, offset)));
             }
             for run in runs.iter() {
                 let run_end = offset.saturating_add(run.length).min(end);
@@ -363,12 +437,13 @@ impl Connection<'_> {
                         self.out.extend_from_slice(header.as_bytes());
                         self.queue_out()?;
                         offset = next;
-                    } else {
-                        let length = (run_end - offset).min(CHUNK as u64);
-                        if let Err(failed) = self.read_piece(request, offset, length as usize, end)? {
-                            return Ok(Err(failed));
-                        }
-                        offset += length;
+                        continue;
+                    }
+                    let length = (run_end - offset).min(CHUNK as u64);
+                    match self.read_piece(request, offset, length as usize)? {
+                        Ok(Served::Done) => offset += length,
+                        Ok(Served::Missing) => return Ok(Ok(())),
+                        Err(errno) => return Ok(Err((errno, offset))),
                     }
                 }
             }
@@ -376,46 +451,42 @@ impl Connection<'_> {
         Ok(Ok(()))
     }
 
-    /// One data chunk.
-    fn read_piece(
-        &mut self,
-        request: &Request,
-        offset: u64,
-        length: usize,
-        end: u64,
-    ) -> Result<Result<(), (Errno, u64)>, Ended> {
-        if length > CHUNK {
-            return self.read_large(request, offset, length);
-        }
-        // A read's last piece may be parked, and is then answered by whoever brings it: what comes before it must be out.
-        let ends = offset + length as u64 == end;
-        if !self.replies.has_room(length) || (ends && offset > request.offset) {
+    /// One data chunk, at once or when it is here.
+    fn read_piece(&mut self, request: &Request, offset: u64, length: usize) -> Result<Result<Served, Errno>, Ended> {
+        let ends = offset + length as u64 == request.offset + u64::from(request.length);
+        let is_large = length > CHUNK;
+        // A parked piece is answered by whoever brings it: if it is a read's last, what comes before it must be out.
+        if is_large || !self.replies.has_room(length) || (ends && offset > request.offset) {
             self.send_replies()?;
         }
-        if ends {
-            self.await_parking()?;
-        }
+        self.await_parking()?;
         let (outlet, replier, device) = (&self.outlet, self.core.replier(), &*self.shared.device);
-        let payload = self.replies.payload(length);
-        let read = if ends {
-            device.read(offset, payload, &mut || {
-                outlet.parked.fetch_add(1, Ordering::AcqRel);
-                let (outlet, length) = (Arc::clone(outlet), length as u32);
-                Box::new(Parked { outlet, replier, request: *request, offset, length })
-            })
-        } else {
-            read_waiting(device, offset, payload).map(|()| Served::Done)
+        let mut later = || -> Box<dyn ReadSink> {
+            outlet.parked.fetch_add(1, Ordering::AcqRel);
+            let outlet = Arc::clone(outlet);
+            Box::new(Parked { outlet, replier, request: *request, offset, length: length as u32 })
         };
-        match read {
-            Ok(Served::Done) => {
-                let header = self.core.data(request, offset, length as u32, ends);
+        let header = self.core.data(request, offset, length as u32, ends);
+        let read = if is_large {
+            let buffer = self.replies.large(length).slice_mut(0..length);
+            let read = device.read(offset, buffer, &mut later);
+            if read == Ok(Served::Done) {
+                outlet.lock().send(&[IoSlice::new(header.as_bytes()), IoSlice::new(buffer)])?;
+                self.drain()?;
+            }
+            self.replies.shrink();
+            read
+        } else {
+            let read = device.read(offset, self.replies.payload(length), &mut later);
+            if read == Ok(Served::Done) {
                 self.replies.commit(header.as_bytes(), length);
             }
-            Ok(Served::Missing) => {}
-            Err(errno) => return Ok(Err((errno, offset))),
+            read
+        };
+        if read == Ok(Served::Done) {
+            self.shared.bytes_read.fetch_add(length as u64, Ordering::Relaxed);
         }
-        self.shared.bytes_read.fetch_add(length as u64, Ordering::Relaxed);
-        Ok(Ok(()))
+        Ok(read)
     }
 
     /// Waits until one more read may be parked. Others are served meanwhile by whoever brings their bytes.
@@ -428,30 +499,6 @@ impl Connection<'_> {
             self.wait(Wait::Hangup, None)?;
         }
         Ok(())
-    }
-
-    /// The whole read in one piece.
-    fn read_large(&mut self, request: &Request, offset: u64, length: usize) -> Result<Result<(), (Errno, u64)>, Ended> {
-        self.send_replies()?;
-        let buffer = self.replies.large(length).slice_mut(0..length);
-        if let Err(errno) = read_waiting(&*self.shared.device, offset, buffer) {
-            return Ok(Err((errno, offset)));
-        }
-        let header = self.core.data(request, offset, length as u32, true);
-        self.outlet.lock().send(&[IoSlice::new(header.as_bytes()), IoSlice::new(buffer)])?;
-        self.drain()?;
-        self.replies.shrink();
-        self.shared.bytes_read.fetch_add(length as u64, Ordering::Relaxed);
-        Ok(Ok(()))
-    }
-
-    /// A read without structured replies: all or an error, so all of it is read before anything is sent.
-    fn read_whole(&mut self, request: &Request) -> Result<(), Ended> {
-        let end = request.offset + u64::from(request.length);
-        match self.read_piece(request, request.offset, request.length as usize, end)? {
-            Ok(()) => Ok(()),
-            Err((errno, _)) => self.finish(request, Err(errno)),
-        }
     }
 
     /// The payload comes in pieces, each written as soon as it is here; after an error the rest is read and dropped.

@@ -199,8 +199,11 @@ impl FileMedium {
     }
 }
 
+/// The largest buffer that a reader keeps.
+const MAX_SCRATCH: usize = 1 << 20;
+
 thread_local! {
-    /// A reader's buffer, as large as the largest read that it has served.
+    /// A reader's buffer, as large as the largest read that it has served, up to that.
     static SCRATCH: std::cell::RefCell<Aligned> = std::cell::RefCell::new(Aligned::new(0));
 }
 
@@ -212,5 +215,9 @@ fn answer(claim: &Claim, offset: u64, length: usize, sink: Box<dyn ReadSink>) {
         }
         let result = claim.read(offset, scratch.slice_mut(0..length));
         sink.complete(result.map(|()| scratch.slice(0..length)));
+        // One for a read of many megabytes is not kept for all that come after it.
+        if scratch.len() > MAX_SCRATCH {
+            *scratch = Aligned::new(0);
+        }
     });
 }

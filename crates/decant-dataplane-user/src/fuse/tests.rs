@@ -13,20 +13,32 @@ const SIZE: usize = 8 << 20;
 const PARKED: u64 = 4 << 20;
 
 type Parked = (u64, usize, Box<dyn ReadSink>);
+type Change = Box<dyn ChangeSink>;
 
 struct Memory {
     parks: bool,
     bytes: Mutex<Vec<u8>>,
     parked: Mutex<mpsc::Sender<Parked>>,
+    changes: Mutex<mpsc::Sender<Change>>,
     seen: Mutex<Vec<String>>,
 }
 
 impl Memory {
     fn new(parks: bool) -> (Arc<Self>, mpsc::Receiver<Parked>) {
-        let (sender, receiver) = mpsc::channel();
-        let memory =
-            Self { parks, bytes: Mutex::new(vec![0; SIZE]), parked: Mutex::new(sender), seen: Mutex::new(Vec::new()) };
-        (Arc::new(memory), receiver)
+        let (memory, parked, _) = Self::with_changes(parks);
+        (memory, parked)
+    }
+
+    fn with_changes(parks: bool) -> (Arc<Self>, mpsc::Receiver<Parked>, mpsc::Receiver<Change>) {
+        let ((parked, reads), (changes, writes)) = (mpsc::channel(), mpsc::channel());
+        let memory = Self {
+            parks,
+            bytes: Mutex::new(vec![0; SIZE]),
+            parked: Mutex::new(parked),
+            changes: Mutex::new(changes),
+            seen: Mutex::new(Vec::new()),
+        };
+        (Arc::new(memory), reads, writes)
     }
 }
 
@@ -47,16 +59,20 @@ impl Backend for Memory {
         self.parked.lock().unwrap().send((offset, length, sink)).unwrap();
     }
 
-    fn write(&self, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
+    fn write(&self, offset: u64, data: &mut [u8], later: &mut LaterChange<'_>) -> Result<Served, Errno> {
+        if self.parks && (PARKED..PARKED + (2 << 20)).contains(&offset) {
+            self.changes.lock().unwrap().send(later()).unwrap();
+            return Ok(Served::Missing);
+        }
         assert_eq!(data.as_ptr().align_offset(4096), 0, "a write arrives on a page boundary");
         self.bytes.lock().unwrap()[offset as usize..][..data.len()].copy_from_slice(data);
-        Ok(())
+        Ok(Served::Done)
     }
 
-    fn discard(&self, offset: u64, length: u64) -> Result<(), Errno> {
+    fn discard(&self, offset: u64, length: u64, _later: &mut LaterChange<'_>) -> Result<Served, Errno> {
         self.seen.lock().unwrap().push(format!("discard {offset}+{length}"));
         self.bytes.lock().unwrap()[offset as usize..][..length as usize].fill(0);
-        Ok(())
+        Ok(Served::Done)
     }
 
     fn flush(&self) -> Result<(), Errno> {
@@ -155,5 +171,51 @@ fn parked_reads_stall_nothing() {
     }
     drop(block);
     device.clear().unwrap();
+    session.wait().unwrap();
+}
+
+/// Whoever waits for a parked read or write can be killed: otherwise he would be in D state until the origin is back.
+#[test]
+fn who_waits_can_be_killed() {
+    use std::process::{Command, Stdio};
+    let test = "who_waits_can_be_killed";
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("file");
+    std::fs::write(&path, "").unwrap();
+    let mounted = Mount::on_file("decant-test", "decant-test").and_then(|mount| mount.attach(&path).map(|()| mount));
+    let mount = match mounted {
+        Ok(mount) => mount,
+        Err(error) => return println!("SKIP {test}: no FUSE here: {error}"),
+    };
+    let (memory, parked, changes) = Memory::with_changes(true);
+    let session = Session::start_on_file(Arc::new(mount.device), memory, 2).unwrap();
+    drop(mount.root);
+    let dd = |words: &[String]| {
+        let mut dd = Command::new("dd");
+        dd.args(["bs=4096", "count=1", "conv=notrunc"]).args(words).stdin(Stdio::null()).stderr(Stdio::null());
+        dd.spawn().expect("dd of coreutils")
+    };
+    let place = PARKED / 4096;
+    let mut reader = dd(&[format!("if={}", path.display()), "of=/dev/null".into(), format!("skip={place}")]);
+    let mut writer = dd(&["if=/dev/zero".into(), format!("of={}", path.display()), format!("seek={place}")]);
+    let (offset, length, read) = parked.recv().unwrap();
+    let change = changes.recv().unwrap();
+    assert!((offset, length) == (PARKED, 4096) && read.is_wanted() && change.is_wanted());
+    for child in [&mut reader, &mut writer] {
+        child.kill().unwrap();
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while child.try_wait().unwrap().is_none() {
+            assert!(std::time::Instant::now() < deadline, "it does not end");
+            std::thread::yield_now();
+        }
+    }
+    // What it wanted written is not, and what comes late is heard by nobody.
+    assert!(!read.is_wanted() && !change.is_wanted() && !change.claim());
+    read.complete(Ok(&[0; 4096]));
+    change.complete(Ok(()));
+    let file = std::fs::File::open(&path).unwrap();
+    file.read_exact_at(&mut [0; 4096], 0).unwrap();
+    drop(file);
+    rustix::mount::unmount(&path, rustix::mount::UnmountFlags::DETACH).unwrap();
     session.wait().unwrap();
 }

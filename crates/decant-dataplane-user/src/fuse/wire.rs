@@ -94,6 +94,11 @@ pub enum Operation {
         /// Bytes.
         length: u64,
     },
+    /// The issuer of another request got a signal; wants no reply.
+    Interrupt {
+        /// The other request's.
+        unique: u64,
+    },
     /// An allocation that is neither a hole nor zeros.
     UnsupportedAllocation,
     /// Size of the file system, block size of the device's discards.
@@ -142,8 +147,9 @@ impl Request {
 fn operation(opcode: u32, arguments: &[u8]) -> Option<Operation> {
     Some(match opcode {
         1 => Operation::Lookup { is_file: arguments.starts_with(b"volume\0") },
-        // FORGET, INTERRUPT (a parked read ends when its machine is stopped, not by a signal), BATCH_FORGET.
-        2 | 36 | 42 => Operation::Silent,
+        // FORGET, BATCH_FORGET.
+        2 | 42 => Operation::Silent,
+        36 => Operation::Interrupt { unique: u64_at(arguments, 0)? },
         3 => Operation::Attributes,
         14 => Operation::Open,
         15 => Operation::Read { offset: u64_at(arguments, 8)?, size: u32_at(arguments, 16)? },
@@ -310,7 +316,9 @@ mod tests {
         let parsed = Request::parse(&request(16, &write)).unwrap();
         assert_eq!(parsed.operation, Operation::Write { offset: 8192, size: 4096 });
         assert_eq!(parsed.unique, 9 | 1 << 63, "the mark of a request sent again is part of its name");
-        for opcode in [15, 16, 26, 43] {
+        let interrupt = Request::parse(&request(36, &7u64.to_ne_bytes())).unwrap();
+        assert_eq!(interrupt.operation, Operation::Interrupt { unique: 7 });
+        for opcode in [15, 16, 26, 36, 43] {
             assert_eq!(Request::parse(&request(opcode, &[0; 3])).unwrap().operation, Operation::Malformed, "{opcode}");
         }
         for length in 0..IN_HEADER_BYTES {

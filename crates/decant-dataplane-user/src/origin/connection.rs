@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use decant_nbd::Backoff;
 use rustix::io::Errno;
 
+use super::Address;
 use super::client::{BLOCK, Broken, Event, Terms};
 use super::remote::Shared;
 use crate::device::{OriginSink, Want};
@@ -147,7 +148,25 @@ impl Lane<'_> {
     }
 
     fn connect(&self, deadline: Option<Instant>) -> Result<Stream, Broken> {
-        let stream = Stream::connect(&self.shared.settings.address)?;
+        let shared = self.shared;
+        let found = shared.settings.address.look_up(shared.settings.timing.handshake, || shared.is_closed())?;
+        // A name's addresses one after another, each with its share of what time there is.
+        let mut last = Broken::Over;
+        for (tried, address) in found.iter().enumerate() {
+            let share = deadline.map(|deadline| {
+                let left = deadline.saturating_duration_since(now());
+                now() + left / u32::try_from(found.len() - tried).unwrap_or(u32::MAX)
+            });
+            match self.connect_to(address, share) {
+                Err(error) if !matches!(error, Broken::Closed) => last = error,
+                result => return result,
+            }
+        }
+        Err(last)
+    }
+
+    fn connect_to(&self, address: &Address, deadline: Option<Instant>) -> Result<Stream, Broken> {
+        let stream = Stream::connect(address)?;
         loop {
             let kicked = stream.wait(Wait::Write, &self.slot.kick, deadline)?;
             if self.shared.is_closed() {

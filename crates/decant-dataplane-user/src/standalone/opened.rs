@@ -5,11 +5,12 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::io::Errno;
 
+use super::Source;
+use super::error::{StandaloneError, io};
 use super::local::LocalOrigin;
-use super::{Found, Source, StandaloneError, io};
 use crate::device::{Origin, OriginSink};
 use crate::engine::Engine;
-use crate::export::claim::{Claim, claim};
+use crate::export::claim::{Claim, claim_origin};
 use crate::export::iscsi::DigestPolicy;
 use crate::origin::{IscsiOptions, Options, Remote, Spec, Timing};
 
@@ -27,16 +28,21 @@ pub(super) enum Opened<'a> {
 }
 
 impl<'a> Opened<'a> {
-    /// Claims a file, or starts to connect; never waits for a network.
-    pub(super) fn of(source: &'a Source, found: &Found) -> Result<Self, StandaloneError> {
-        let size = match found {
-            Found::Whole(_) | Found::Map { complete: true, .. } => return Ok(Self::Nothing),
-            Found::Map { size, .. } => Some(*size),
-            Found::Nothing => None,
-        };
+    /// Claims a file, or starts to connect, which never waits for a network. `text` is what the origin is called; `size` what it
+    /// must have, if that is known.
+    pub(super) fn of(source: Option<&'a Source>, text: &str, size: Option<u64>) -> Result<Self, StandaloneError> {
+        let Some(source) = source else { return Ok(Self::Nothing) };
         let (connections, timing) = (CONNECTIONS, Timing::NETWORK);
         let spec: Spec = match source {
-            Source::File(path) => return Ok(Self::Local(path, claim(path, false)?)),
+            Source::File(path) => {
+                let claim = claim_origin(path)?;
+                return match size.filter(|size| *size != claim.size) {
+                    Some(expected) => {
+                        Err(StandaloneError::OriginSize { origin: path.clone(), found: claim.size, expected })
+                    }
+                    None => Ok(Self::Local(path, claim)),
+                };
+            }
             Source::Nbd { address, export, tls } => {
                 let (address, tls, export) = (address.clone(), tls.clone(), export.clone());
                 Options { address, tls, export, size, digests: false, connections, timing }.into()
@@ -48,8 +54,7 @@ impl<'a> Opened<'a> {
             }
         };
         let relay = Arc::new(Relay::default());
-        let remote = Remote::open(spec, relay.clone())
-            .map_err(|error| io("connect for", Path::new(&source.to_string()), error))?;
+        let remote = Remote::open(spec, relay.clone()).map_err(|error| io("connect to", Path::new(text), error))?;
         Ok(Self::Remote(remote, relay))
     }
 

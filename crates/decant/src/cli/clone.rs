@@ -7,16 +7,16 @@ use std::sync::Arc;
 
 use clap::{Args, Subcommand};
 use decant_base::Bytes;
+use decant_dataplane_user::engine::OpenError;
 use decant_dataplane_user::export::Address;
-use decant_dataplane_user::export::iscsi::Chap;
 use decant_dataplane_user::iscsi::NAMING_AUTHORITY;
 use decant_dataplane_user::origin::{IscsiUrl, UrlError};
 use decant_dataplane_user::standalone::{Source, Standalone, StandaloneError, StandaloneOptions};
-use decant_dataplane_user::tls::{ClientTls, Fingerprint};
+use decant_dataplane_user::tls::Fingerprint;
 use serde_json::{Map, Value};
 
 use super::export::{NBD_PORT, Stop, in_use, listen_failure};
-use super::ready::{notify, ready, resolve};
+use super::ready::{host, notify, ready};
 use super::{Exit, Failure, Global, parse_bytes, secrets};
 
 /// `decant clone`.
@@ -115,6 +115,15 @@ struct Start {
     /// The clone's map; made if it is not there.
     #[arg(long, value_name = "FILE")]
     meta: PathBuf,
+    /// Where the clone is asked and steered; the map's name with `.sock` added if none is said.
+    #[arg(long, value_name = "SOCKET")]
+    control: Option<PathBuf>,
+    /// Where there is no map yet: overwrite what DEST holds.
+    #[arg(long)]
+    overwrite: bool,
+    /// ORIGIN or DEST of the map has another name now: record it as it is named here.
+    #[arg(long)]
+    moved: bool,
     /// Where clients connect over NBD.
     #[arg(long, value_name = "unix:PATH")]
     serve: Option<String>,
@@ -160,16 +169,17 @@ pub(crate) fn run(args: CloneArgs, global: &Global) -> Result<Exit, Failure> {
     }
 }
 
-/// What we show an origin of ourselves.
-struct Proofs {
-    tls: Option<ClientTls>,
-    chap: Option<Chap>,
-    initiator: String,
+/// An origin as its text says, before anything is looked up or read for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Origin {
+    Nbd { address: Address, export: String },
+    Iscsi(IscsiUrl),
+    File(PathBuf),
 }
 
 /// What an origin's text says; a path is what has no scheme.
-fn parse_origin(text: &str, proofs: Proofs) -> Result<Source, Failure> {
-    let Proofs { tls, chap, initiator } = proofs;
+fn parse_origin(start: &Start) -> Result<Origin, Failure> {
+    let text = start.origin.as_str();
     let wrong = |cause: String| {
         Failure::usage(
             "origin not understood",
@@ -178,33 +188,48 @@ fn parse_origin(text: &str, proofs: Proofs) -> Result<Source, Failure> {
              iscsi://HOST[:PORT]/IQN/LUN, or a path",
         )
     };
-    let Some((scheme, rest)) = text.split_once("://") else {
-        return if text.is_empty() { Err(wrong("it is empty".into())) } else { Ok(Source::File(text.into())) };
-    };
-    if (scheme == "nbds") != tls.is_some() {
+    let (scheme, rest) = text.split_once("://").unwrap_or(("", text));
+    if (scheme == "nbds") != start.tls.is_some() {
         return Err(wrong("nbds:// and --tls belong together".into()));
     }
-    if scheme != "iscsi" && chap.is_some() {
+    if scheme != "iscsi" && start.chap.is_some() {
         return Err(wrong("--chap is for iscsi://".into()));
     }
     match scheme {
+        "" if text.is_empty() => Err(wrong("it is empty".into())),
+        "" => Ok(Origin::File(text.into())),
         "nbd+unix" => {
             let named = rest.strip_prefix('/').and_then(|rest| rest.split_once("?socket="));
             let (export, socket) = named.ok_or_else(|| wrong(format!("{text} names no socket")))?;
-            Ok(Source::Nbd { address: Address::Unix(socket.into()), export: export.to_owned(), tls })
+            Ok(Origin::Nbd { address: Address::Unix(socket.into()), export: export.to_owned() })
         }
         "nbd" | "nbds" => {
-            let (host, export) = rest.split_once('/').unwrap_or((rest, ""));
-            let address = Address::Tcp(resolve(host, NBD_PORT)?);
-            Ok(Source::Nbd { address, export: export.to_owned(), tls })
+            let (address, export) = rest.split_once('/').unwrap_or((rest, ""));
+            Ok(Origin::Nbd { address: host(address, NBD_PORT)?, export: export.to_owned() })
         }
-        "iscsi" => {
-            let url: IscsiUrl = text.parse().map_err(|error: UrlError| wrong(error.to_string()))?;
-            let address = url.resolve().map_err(|error| wrong(format!("{}: {error}", url.host)))?;
-            Ok(Source::Iscsi { address: Address::Tcp(address), target: url.target, lun: url.lun, initiator, chap })
-        }
+        "iscsi" => text.parse().map(Origin::Iscsi).map_err(|error: UrlError| wrong(error.to_string())),
         _ => Err(wrong(format!("{scheme}:// is not spoken"))),
     }
+}
+
+/// What to connect to, and what we show it of ourselves: certificates and secrets are read here.
+fn source(origin: Origin, start: &Start) -> Result<Source, Failure> {
+    let certificates = |error| Failure::usage("certificates not usable", error, "see `decant ca --help`");
+    Ok(match origin {
+        Origin::Nbd { address, export } => {
+            let tls = match &start.tls {
+                Some(text) => Some(secrets::identity(text)?.client(start.peer).map_err(certificates)?),
+                None => None,
+            };
+            Source::Nbd { address, export, tls }
+        }
+        Origin::Iscsi(IscsiUrl { host, port, target, lun }) => {
+            let chap = start.chap.as_deref().map(secrets::chap).transpose()?;
+            let (address, initiator) = (Address::of_host(&host, port), start.initiator.clone());
+            Source::Iscsi { address, target, lun, initiator, chap }
+        }
+        Origin::File(path) => Source::File(path),
+    })
 }
 
 fn parse_serve(text: &str) -> Result<Address, Failure> {
@@ -221,44 +246,69 @@ fn control_of(meta: &Path) -> PathBuf {
 }
 
 fn options(start: &Start) -> Result<StandaloneOptions, Failure> {
-    let certificates = |error| Failure::usage("certificates not usable", error, "see `decant ca --help`");
-    let tls = match &start.tls {
-        Some(text) => Some(secrets::identity(text)?.client(start.peer).map_err(certificates)?),
-        None => None,
-    };
-    let chap = start.chap.as_deref().map(secrets::chap).transpose()?;
-    let proofs = Proofs { tls, chap, initiator: start.initiator.clone() };
     if start.destination == start.meta {
         let cause = "DEST and --meta name the same file";
         return Err(Failure::usage("map not usable", cause, "name another file for the map"));
     }
     Ok(StandaloneOptions {
-        source: parse_origin(&start.origin, proofs)?,
+        origin: start.origin.clone(),
         destination: start.destination.clone(),
         meta: start.meta.clone(),
         serve: start.serve.as_deref().map(parse_serve).transpose()?,
         fuse: start.fuse.clone(),
         hydrate: start.hydrate == "on",
         limit: start.limit.and_then(|Limit(rate)| rate),
+        overwrite: start.overwrite,
+        moved: start.moved,
     })
 }
 
 /// Why a clone does not start, as its user has to hear it.
 fn not_started(error: StandaloneError) -> Failure {
+    let another_map = "name the map, the origin and the destination that belong together";
     match error {
         StandaloneError::Claim(error) => in_use(error),
         StandaloneError::Serve(error) => listen_failure(&error),
-        StandaloneError::NotEmpty { .. } => {
-            Failure::blocked("destination not empty", error, "name its map with --meta, or another destination")
+        StandaloneError::InUse(_) => Failure::blocked("in use", error, "end that clone first, or name another map"),
+        StandaloneError::AnotherClone { what, ref record, .. } => {
+            let fix = format!(
+                "{another_map}; if the {what} is the same and only its name is new, add --moved; to begin another clone, name \
+                 another map, or remove {} once nobody needs it",
+                record.display()
+            );
+            Failure::blocked("another clone's map", error, fix)
         }
-        StandaloneError::NotItsMap { .. } => Failure::blocked(
-            "not this map's destination",
+        StandaloneError::NoRecord { .. } => {
+            let fix =
+                "if the map is of this origin and this destination, add --moved; else name those that belong together";
+            Failure::blocked("map without a record", error, fix)
+        }
+        StandaloneError::NotEmpty { .. } => Failure::blocked(
+            "destination not empty",
             error,
-            "name the destination and the map that belong together",
+            "name its map with --meta, or another destination; or add --overwrite if nothing on it is needed",
         ),
+        StandaloneError::NotItsMap { .. } => Failure::blocked("not this map's destination", error, another_map),
         StandaloneError::TooSmall { .. } => Failure::blocked("no room", error, "name a larger device"),
+        StandaloneError::NoRoom { .. } => {
+            Failure::blocked("no room", error, "free some, or name a map on another file system with --meta")
+        }
+        StandaloneError::OriginSize { .. } => {
+            Failure::blocked("another origin", error, "name the origin that the clone was begun of; it must not change")
+        }
         StandaloneError::Size(_) => {
             Failure::usage("origin not cloned", error, "name an origin of whole 512-byte sectors")
+        }
+        StandaloneError::Open(OpenError::Failed(note)) => {
+            let fix = format!(
+                "check the disk; then begin again with another destination and map, or remove {} to go on with what is there",
+                note.path.display()
+            );
+            let cause = format!(
+                "it acknowledged nothing any more ({}); what was written since the last flush is uncertain",
+                note.why
+            );
+            Failure::local("clone failed earlier", cause, fix)
         }
         StandaloneError::Open(error) => {
             Failure::local("clone not started", chain(&error), "check that --meta names this clone's map")
@@ -277,12 +327,16 @@ fn chain(error: &dyn std::error::Error) -> String {
 fn serve(start: &Start, global: &Global) -> Result<Exit, Failure> {
     crate::processes::log();
     let options = options(start)?;
+    let origin = parse_origin(start)?;
     let broken = |error: std::io::Error| Failure::local("clone not started", error, "check the limits of this process");
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(broken)?;
     let clone = runtime.block_on(async {
         let stop = Stop::listen()?;
-        let clone = Arc::new(Standalone::start(&options).map_err(not_started)?);
-        let control = control::Control::listen(&control_of(&start.meta))?;
+        let opening = Standalone::open(&options).map_err(not_started)?;
+        // Before anything is made: without it the clone could be neither watched nor detached.
+        let control = control::Control::listen(&start.control.clone().unwrap_or_else(|| control_of(&start.meta)))?;
+        let source = if opening.needs_origin() { Some(source(origin, start)?) } else { None };
+        let clone = Arc::new(opening.start(source.as_ref()).map_err(not_started)?);
         ready(global.output, &facts(&options, &clone, control.path()));
         control.answer(&clone, stop).await;
         notify("STOPPING=1");
@@ -321,28 +375,31 @@ fn facts(options: &StandaloneOptions, clone: &Standalone, control: &Path) -> Map
 mod tests {
     use super::*;
 
-    fn nobody() -> Proofs {
-        Proofs { tls: None, chap: None, initiator: "iqn.2026-11.dev.decant:test".to_owned() }
-    }
-
-    fn origin(text: &str) -> Result<(Address, String), Failure> {
-        match parse_origin(text, nobody())? {
-            Source::Nbd { address, export, .. } => Ok((address, export)),
-            Source::Iscsi { address, target, lun, .. } => Ok((address, format!("{target}/{lun}"))),
-            Source::File(path) => panic!("{text} is the file {}", path.display()),
-        }
+    fn origin(text: &str) -> Result<Origin, Failure> {
+        let line = ["decant", "clone", text, "dest", "--meta", "map", "--serve", "unix:s"];
+        let cli = <crate::cli::Cli as clap::Parser>::try_parse_from(line).expect("a command line");
+        let crate::cli::Verb::Clone(args) = cli.verb else { panic!("a clone") };
+        parse_origin(&args.start.expect("a start"))
     }
 
     #[test]
     fn origins_read_as_uris_or_paths() {
-        let tcp = |text: &str| Address::Tcp(text.parse().expect("an address"));
-        assert_eq!(origin("nbd://127.0.0.1:10811/a").expect("valid"), (tcp("127.0.0.1:10811"), "a".to_owned()));
-        assert_eq!(origin("nbd://[::1]").expect("valid"), (tcp("[::1]:10809"), String::new()));
-        let iscsi = origin("iscsi://127.0.0.1/iqn.2026-11.dev.decant:a/1").expect("valid");
-        assert_eq!(iscsi, (tcp("127.0.0.1:3260"), "iqn.2026-11.dev.decant:a/1".to_owned()));
-        let unix = Address::Unix("/tmp/s".into());
-        assert_eq!(origin("nbd+unix:///x?socket=/tmp/s").expect("valid"), (unix, "x".to_owned()));
-        assert!(matches!(parse_origin("/dev/sda", nobody()), Ok(Source::File(path)) if path == Path::new("/dev/sda")));
+        let nbd = |address: &str, export: &str| {
+            let address = Address::Tcp(address.parse().expect("an address"));
+            Origin::Nbd { address, export: export.to_owned() }
+        };
+        assert_eq!(origin("nbd://127.0.0.1:10811/a").expect("valid"), nbd("127.0.0.1:10811", "a"));
+        assert_eq!(origin("nbd://[::1]").expect("valid"), nbd("[::1]:10809", ""));
+        // A name is looked up when somebody connects: the host may be gone once the clone is whole.
+        let address = Address::Name { host: "host.invalid".to_owned(), port: 10_809 };
+        assert_eq!(origin("nbd://host.invalid/a").expect("valid"), Origin::Nbd { address, export: "a".to_owned() });
+        let Origin::Iscsi(url) = origin("iscsi://host.invalid/iqn.2026-11.dev.decant:a/1").expect("valid") else {
+            panic!("it is iSCSI")
+        };
+        assert_eq!((url.host.as_str(), url.port, url.lun), ("host.invalid", 3260, 1));
+        let unix = Origin::Nbd { address: Address::Unix("/tmp/s".into()), export: "x".to_owned() };
+        assert_eq!(origin("nbd+unix:///x?socket=/tmp/s").expect("valid"), unix);
+        assert_eq!(origin("/dev/sda").expect("valid"), Origin::File("/dev/sda".into()));
         for text in ["", "nbd+unix:///x", "http://a/b", "nbds://127.0.0.1/a", "iscsi://u%s@127.0.0.1/iqn.a:b/0"] {
             assert_eq!(origin(text).expect_err("invalid").exit, Exit::Usage, "{text}");
         }

@@ -226,7 +226,7 @@ fn nbd(args: &ExportArgs, address: &str, medium: &Arc<FileMedium>) -> Result<(Se
     let device: Arc<dyn Exported> = medium.clone();
     let server = Server::listen(&address, tls, &name, device).map_err(|error| listen_failure(&error))?;
     let uri = match server.local_addr() {
-        Address::Tcp(address) => format!("{scheme}://{address}/{name}"),
+        address @ (Address::Tcp(_) | Address::Name { .. }) => format!("{scheme}://{address}/{name}"),
         Address::Unix(path) => format!("{scheme}+unix:///{name}?socket={}", path.display()),
     };
     Ok((Serving::Nbd(server), facts(args, medium, uri)))

@@ -96,7 +96,7 @@ pub(crate) enum Verb {
     Ca(ca::Command),
     /// Serve a file, block device or LVM volume over iSCSI or NBD, without a worker.
     Export(Box<export::ExportArgs>),
-    /// Clone any NBD export into a file, without a worker; or ask a clone how far it is.
+    /// Clone an NBD export, a disk over iSCSI, a file or a device, without a worker; or ask a clone how far it is.
     Clone(Box<clone::CloneArgs>),
     /// Whether this machine can be a worker.
     Doctor(doctor::DoctorArgs),

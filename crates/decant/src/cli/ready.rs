@@ -47,17 +47,42 @@ pub(crate) fn notify(state: &str) {
     }
 }
 
-/// `HOST[:PORT]`, with brackets around an IPv6 address that a port follows.
-pub(crate) fn resolve(text: &str, default_port: u16) -> Result<SocketAddr, Failure> {
-    let wrong =
-        |cause: String| Failure::usage("address not understood", cause, "write HOST[:PORT], e.g. 10.0.0.7:3260");
-    if let Ok(ip) = text.trim_start_matches('[').trim_end_matches(']').parse() {
-        return Ok(SocketAddr::new(ip, default_port));
+/// `HOST[:PORT]`, with brackets around an IPv6 address that a port follows. A name is not looked up.
+pub(crate) fn host(text: &str, default_port: u16) -> Result<Address, Failure> {
+    let wrong = || {
+        let cause = format!("{text:?} is no host with a port");
+        Failure::usage("address not understood", cause, "write HOST[:PORT], e.g. 10.0.0.7:3260")
+    };
+    let plain = Address::of_host(text, default_port);
+    if matches!(plain, Address::Tcp(_)) {
+        return Ok(plain);
     }
-    let has_port = text.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
-    let host = if has_port { text.to_owned() } else { format!("{text}:{default_port}") };
-    let mut found = host.to_socket_addrs().map_err(|error| wrong(format!("{text:?}: {error}")))?;
-    found.next().ok_or_else(|| wrong(format!("{text} has no address")))
+    let (host, port) = match text.rsplit_once(':') {
+        Some((host, port)) => (host, port.parse().map_err(|_| wrong())?),
+        None => (text, default_port),
+    };
+    let address = Address::of_host(host, port);
+    // What is left in a name is in no name: colons and brackets of an address that is none, a user.
+    let is_odd = |c: char| matches!(c, ':' | '[' | ']' | '@' | '/') || c.is_whitespace();
+    match &address {
+        Address::Name { host, .. } if host.is_empty() || host.contains(is_odd) => Err(wrong()),
+        _ => Ok(address),
+    }
+}
+
+/// An address to listen on: a host's name is looked up, once.
+pub(crate) fn resolve(text: &str, default_port: u16) -> Result<SocketAddr, Failure> {
+    let address = host(text, default_port)?;
+    let wrong = |cause: String| {
+        Failure::usage("address not understood", cause, "name an address of this machine, e.g. 10.0.0.7:3260")
+    };
+    match &address {
+        Address::Tcp(address) => Ok(*address),
+        name => {
+            let mut found = name.to_string().to_socket_addrs().map_err(|error| wrong(format!("{text:?}: {error}")))?;
+            found.next().ok_or_else(|| wrong(format!("{text} has no address")))
+        }
+    }
 }
 
 /// `unix:PATH`, or an address over TCP.
@@ -85,6 +110,11 @@ mod tests {
             assert_eq!(resolve(text, 3260).expect("valid").to_string(), expected, "{text}");
         }
         assert_eq!(listen_address("unix:/a", 1).expect("valid"), Address::Unix("/a".into()));
+        let name = Address::Name { host: "array.example".to_owned(), port: 7 };
+        assert_eq!(host("array.example:7", 1).expect("valid"), name);
+        for text in ["", "a:b", "[::1", "me@here", "a b", "no such host:1:2"] {
+            assert_eq!(host(text, 1).expect_err("invalid").exit, super::super::Exit::Usage, "{text:?}");
+        }
         for text in ["unix:", "", "no such host:1:2"] {
             assert_eq!(listen_address(text, 1).expect_err("invalid").exit, super::super::Exit::Usage, "{text:?}");
         }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+pub(crate) const MIB: u64 = 1 << 20;
 /// Nothing that is waited for takes so long.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -180,5 +181,48 @@ pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     while !done() {
         assert!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
         std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Where a clone's files are.
+pub(crate) struct Place {
+    pub(crate) directory: tempfile::TempDir,
+}
+
+impl Place {
+    pub(crate) fn new() -> Self {
+        Self { directory: directory() }
+    }
+
+    pub(crate) fn at(&self, name: &str) -> String {
+        self.directory.path().join(name).to_str().expect("text").to_owned()
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// `decant clone ORIGIN dest --meta map …`.
+    pub(crate) fn clone(&self, origin: &str, more: &[&str]) -> Tool {
+        let (dest, map) = (self.at("dest"), self.at("map"));
+        Tool::start(&[&["clone", origin, &dest, "--meta", &map], more].concat())
+    }
+
+    pub(crate) fn serve(&self) -> String {
+        format!("unix:{}", self.at("s"))
+    }
+
+    pub(crate) fn ask(&self, words: &[&str]) -> Output {
+        let map = self.at("map");
+        decant(&[&["-o", "json", "clone"], words, &["--meta", &map]].concat()).output().expect("decant runs")
+    }
+
+    pub(crate) fn status(&self) -> Value {
+        let output = self.ask(&["status"]);
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {}", text(&output)))
+    }
+
+    pub(crate) fn await_filled(&self) {
+        wait_until("the clone is filled", || self.status()["bytes_missing"] == 0);
     }
 }

@@ -83,7 +83,7 @@ fn what_lies_beside_the_image_must_fit_what_the_volume_is() {
     drop(volume.begun());
     assert!(matches!(volume.try_open(Mode::Plain), Err(OpenError::UnexpectedMap)));
 
-    let marks = volume.directory.path().join("volume.marks");
+    let marks = volume.directory.path().join("volume.map.marks");
     let saved = std::fs::read(&marks).unwrap();
     std::fs::remove_file(&marks).unwrap();
     assert!(matches!(volume.try_open(Mode::Clone), Err(OpenError::Map(MapError::Marks))));
@@ -120,7 +120,7 @@ fn an_orderly_close_leaves_nothing_to_replay() {
     engine.write(0, &mut plaintext(0, 4096, 1)).unwrap();
     hydrate(&engine);
     engine.close().unwrap();
-    assert!(!volume.directory.path().join("volume.marks").exists());
+    assert!(!volume.directory.path().join("volume.map.marks").exists());
     assert_eq!(engine.write(0, &mut plaintext(0, 4096, 2)), Err(Errno::IO));
     drop(engine);
     let engine = volume.try_open(Mode::Clone).unwrap();

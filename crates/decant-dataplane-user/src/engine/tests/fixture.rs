@@ -279,7 +279,7 @@ impl Disk for FaultyDisk {
     fn note_failure(&self, why: &str) {
         self.files.note_failure(why);
     }
-    fn failure(&self) -> Option<String> {
+    fn failure(&self) -> Option<Note> {
         self.files.failure()
     }
 }

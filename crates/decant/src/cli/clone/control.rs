@@ -1,14 +1,13 @@
 //! A running clone's control socket: one line asks, one JSON object answers.
 
-use std::io::{Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use decant_api::{Code, ErrorBody};
-use decant_dataplane_user::standalone::{DetachError, Standalone};
+use decant_dataplane_user::standalone::{DetachError, Standalone, control_socket};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixListener;
@@ -35,18 +34,21 @@ impl Drop for Control {
 }
 
 impl Control {
-    /// Listens at `path`; its owner alone may ask. The destination is claimed, so a socket that is there is a dead clone's.
+    /// Listens at `path`; its owner alone may ask.
     pub(super) fn listen(path: &Path) -> Result<Self, Failure> {
         let failed = |error: std::io::Error| {
-            Failure::local(
-                "control socket not made",
-                format_args!("{}: {error}", path.display()),
-                "check its directory",
-            )
+            let cause = format_args!("{}: {error}", path.display());
+            match error.kind() {
+                ErrorKind::AddrInUse => Failure::blocked(
+                    "in use",
+                    format_args!("somebody answers at {} already", path.display()),
+                    "end that clone first, or name another socket with --control",
+                ),
+                _ => Failure::local("control socket not made", cause, "name another one with --control"),
+            }
         };
-        let _ = std::fs::remove_file(path);
-        let listener = UnixListener::bind(path).map_err(failed)?;
-        std::fs::set_permissions(path, PermissionsExt::from_mode(0o600)).map_err(failed)?;
+        let listener = control_socket(path).map_err(failed)?;
+        let listener = UnixListener::from_std(listener).map_err(failed)?;
         Ok(Self { listener, path: path.to_owned() })
     }
 
@@ -129,6 +131,8 @@ fn describe(clone: &Standalone) -> Value {
         Some(status) => json!({
             "state": if failure.is_some() {
                 "failed"
+            } else if clone.is_whole() {
+                "whole"
             } else if status.bytes_missing == 0 {
                 "filled"
             } else if clone.is_paused() {
@@ -143,7 +147,7 @@ fn describe(clone: &Standalone) -> Value {
             "bytes_missing": status.bytes_missing,
             "bytes_fetched": status.bytes_fetched,
             "rate_bytes_per_s": status.rate_bytes_per_s,
-            "origin": status.origin,
+            "origin": if clone.is_whole() { Value::Null } else { status.origin.into() },
             "connected": status.connected,
             "hindrance": status.hindrance,
             "failure": failure,
