@@ -1,8 +1,6 @@
 //! `iscsi://HOST[:PORT]/IQN/LUN`, as libiscsi and QEMU write it, without a user: secrets do not belong into arguments.
 
 use std::fmt;
-use std::io;
-use std::net::{SocketAddr, ToSocketAddrs};
 use std::str::FromStr;
 
 use decant_iscsi::text::{PEER_NAME, is_peer_name};
@@ -83,17 +81,6 @@ impl fmt::Display for IscsiUrl {
         } else {
             write!(f, "iscsi://{host}:{port}/{target}/{lun}")
         }
-    }
-}
-
-impl IscsiUrl {
-    /// The portal's address; asks the resolver, and so may wait.
-    ///
-    /// # Errors
-    /// The resolver's.
-    pub fn resolve(&self) -> io::Result<SocketAddr> {
-        let mut found = (self.host.as_str(), self.port).to_socket_addrs()?;
-        found.next().ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the host has no address"))
     }
 }
 
