@@ -82,10 +82,13 @@ fn remove(draft: &mut Draft) -> Result<(), Denied> {
         };
     }
     if let Some(migration) = draft.migration_as(Role::Destination) {
-        return busy(format!(
-            "it is still being moved here from {}: wait until {} is over",
-            migration.peer, migration.id
-        ));
+        let still =
+            format!("it is still being moved here from {}: wait until {} is over", migration.peer, migration.id);
+        if draft.row.veto.is_none() {
+            return busy(still);
+        }
+        // Whoever claims the higher epoch has it: nothing comes from the source any more, and nobody waits for a word of ours.
+        draft.enter(Phase::Cleaned);
     }
     // Nobody boots it again, so a higher epoch elsewhere does no harm; without this a vetoed machine could not be removed.
     draft.row.veto = None;
