@@ -1,7 +1,6 @@
 //! A network that loses what one worker sends to the other, without a word, and delivers the other direction or loses that too: the
 //! kind of failure in which each side knows something else, and no socket is closed. It lasts longer than any patience of the product.
 
-#[allow(dead_code, reason = "shared with the crash sweep")]
 mod fleet;
 
 use std::time::{Duration, Instant};
