@@ -12,6 +12,7 @@ mod tidy;
 
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
+use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
@@ -54,15 +55,40 @@ fn main() -> ExitCode {
     }
 }
 
+type Check = fn() -> anyhow::Result<()>;
+
+/// Every check in turn; says how long each took, up to the first that fails.
 fn ci() -> anyhow::Result<()> {
-    run(cargo().args(["fmt", "--all", "--check"]))?;
-    tidy::run()?;
-    run(cargo().args(["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"]))?;
-    run(cargo().args(["clippy", "--workspace", "--locked", "--", "-D", "warnings", "-D", "clippy::too_many_lines"]))?;
-    run(cargo().args(["doc", "--workspace", "--no-deps", "--locked"]).env("RUSTDOCFLAGS", "-D warnings"))?;
-    deny::run()?;
-    test::run(&test::Options::default())
+    let chores: [(&str, Check); 7] = [
+        ("fmt", || run(cargo().args(["fmt", "--all", "--check"]))),
+        ("tidy", tidy::run),
+        ("clippy", || run(cargo().args(CLIPPY).args(["--all-targets", "--", "-D", "warnings"]))),
+        // Tests may be long.
+        ("clippy, lengths", || {
+            run(cargo().args(CLIPPY).args(["--", "-D", "warnings", "-D", "clippy::too_many_lines"]))
+        }),
+        ("doc", || {
+            run(cargo().args(["doc", "--workspace", "--no-deps", "--locked"]).env("RUSTDOCFLAGS", "-D warnings"))
+        }),
+        ("deny", deny::run),
+        ("test", || test::run(&test::Options::default())),
+    ];
+    let began = Instant::now();
+    let mut times = Vec::new();
+    let mut outcome = Ok(());
+    for (name, chore) in chores {
+        let chore_began = Instant::now();
+        outcome = chore();
+        times.push(format!("{name} {:.0} s", chore_began.elapsed().as_secs_f64()));
+        if outcome.is_err() {
+            break;
+        }
+    }
+    println!("{}; {:.0} s in all", times.join(", "), began.elapsed().as_secs_f64());
+    outcome
 }
+
+const CLIPPY: [&str; 3] = ["clippy", "--workspace", "--locked"];
 
 /// The top of the checkout.
 fn root() -> PathBuf {

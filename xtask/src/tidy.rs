@@ -80,6 +80,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
         check_words(&file, &text, &mut wrong);
         if file.extension().is_some_and(|extension| extension == "rs") {
             check_length(&file, &text, &mut wrong);
+            check_skips(&file, &text, &mut wrong);
             check_core(&file, &text, &mut wrong);
         }
     }
@@ -178,6 +179,16 @@ fn check_words(file: &Path, text: &str, wrong: &mut Vec<String>) {
     }
 }
 
+/// A test that cannot run here names itself, in one word: whoever reads the count of those finds it.
+fn check_skips(file: &Path, text: &str, wrong: &mut Vec<String>) {
+    for (number, line) in text.lines().enumerate() {
+        let Some((_, said)) = line.split_once(concat!("\"SKI", "P ")) else { continue };
+        if said.split_once(": ").is_some_and(|(test, _)| test.contains(' ')) {
+            wrong.push(format!("{}:{}: what cannot run is not named by its test", file.display(), number + 1));
+        }
+    }
+}
+
 fn is_test_file(file: &Path) -> bool {
     file.components().any(|part| part.as_os_str() == "tests") || file.file_name().is_some_and(|name| name == "tests.rs")
 }
@@ -210,5 +221,24 @@ fn check_core(file: &Path, text: &str, wrong: &mut Vec<String>) {
         for word in NOT_IN_CORES.iter().filter(|word| code.contains(**word)) {
             wrong.push(format!("{}:{}: {word} in a core", file.display(), number + 1));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_test_that_cannot_run_is_named_by_one_word() {
+        let check = |line: &str| {
+            let mut wrong = Vec::new();
+            check_skips(Path::new("a.rs"), line, &mut wrong);
+            wrong.len()
+        };
+        let skip = |rest: &str| format!("println!(\"SKI{} {rest}\");", "P");
+        assert_eq!(check(&skip("a_test: needs root")), 0);
+        assert_eq!(check(&skip("{test}: needs root")), 0);
+        assert_eq!(check(&skip("shaped links: need root")), 1);
+        assert_eq!(check("strip_prefix(\"SKI\")"), 0);
     }
 }

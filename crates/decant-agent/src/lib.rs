@@ -24,5 +24,7 @@ mod view;
 mod watch;
 
 pub use agent::{Deps, Running, StartError};
+/// The crash points that agents pass, for whoever kills one at each.
+pub use decant_drain::{MESSAGE_POINTS, POINTS};
 pub use machines::{Machines, Processes};
 pub use run::{FUSE, RunError, fuse, proxy_main, run};

@@ -111,6 +111,10 @@ impl Machines for Processes {
     }
 
     fn start(&self, spec: &MachineSpec, epoch: Epoch, device: Option<&Path>) -> Result<(), Failure> {
+        if !self.driver.is_on(&spec.id, device) {
+            // What its shim still runs, or starts again and again, writes to a disk that is gone.
+            self.driver.kill(&spec.id, STOP_PATIENCE).map_err(failure)?;
+        }
         let ready = self.driver.status(&spec.id).map_err(failure)?.is_some_and(|status| {
             status.epoch == epoch && matches!(status.state, State::Waiting | State::Running | State::Restarting)
         });

@@ -34,8 +34,8 @@ pub(crate) struct Routes {
     config: Arc<Config>,
     rows: Arc<Snapshot>,
     peers: Arc<Peers>,
-    /// Who answered for a machine last.
-    hints: Mutex<HashMap<MachineId, WorkerId>>,
+    /// Who answered for a machine last, and what.
+    hints: Mutex<HashMap<MachineId, (WorkerId, Route)>>,
 }
 
 impl Routes {
@@ -85,13 +85,18 @@ impl Routes {
         {
             return if wait.is_zero() { route.clone() } else { self.local(machine, known, wait).await };
         }
-        let hint = own.as_ref().and_then(|route| route.worker.clone()).or_else(|| self.hint(machine));
+        let hint = self.hint(machine);
+        let mut next = own.as_ref().and_then(|route| route.worker.clone()).or_else(|| Some(hint.as_ref()?.0.clone()));
         let mut best = own;
-        let mut next = hint;
         for _ in 0..MAX_HOPS {
             let Some(peer) = next.take().and_then(|worker| self.peers.get(&worker)) else { break };
-            let Some(route) = self.ask_peer(peer, machine, known, wait).await else { break };
-            self.remember(machine, &peer.config.worker);
+            let Some(route) = self.ask_peer(peer, machine, known, wait).await else {
+                // Its agent is away; the machine need not be. Whoever says nothing takes nothing back.
+                best =
+                    best.or_else(|| Some(hint?).filter(|(worker, _)| *worker == peer.config.worker).map(|hint| hint.1));
+                break;
+            };
+            self.remember(machine, &peer.config.worker, &route);
             let moved_on = route.state == RouteState::Moved && route.worker.as_ref() != Some(&peer.config.worker);
             next = route.worker.clone().filter(|worker| moved_on && *worker != self.config.worker);
             if best.as_ref().is_none_or(|best| best.epoch <= route.epoch) && route.state != RouteState::Unknown {
@@ -119,7 +124,7 @@ impl Routes {
         else {
             return best.unwrap_or_else(|| unknown(machine));
         };
-        self.remember(machine, &worker);
+        self.remember(machine, &worker, &route);
         route
     }
 
@@ -139,12 +144,13 @@ impl Routes {
         })
     }
 
-    fn hint(&self, machine: &MachineId) -> Option<WorkerId> {
+    fn hint(&self, machine: &MachineId) -> Option<(WorkerId, Route)> {
         self.hints.lock().unwrap_or_else(PoisonError::into_inner).get(machine).cloned()
     }
 
-    fn remember(&self, machine: &MachineId, worker: &WorkerId) {
-        self.hints.lock().unwrap_or_else(PoisonError::into_inner).insert(machine.clone(), worker.clone());
+    fn remember(&self, machine: &MachineId, worker: &WorkerId, route: &Route) {
+        let hint = (worker.clone(), route.clone());
+        self.hints.lock().unwrap_or_else(PoisonError::into_inner).insert(machine.clone(), hint);
     }
 
     fn own(&self, machine: &MachineId) -> Option<Route> {

@@ -203,6 +203,68 @@ fn there_and_back(test: &str, protocol: Protocol) {
 }
 
 #[test]
+fn fstrim_reaches_a_clone_that_fills() {
+    if cannot_run("fstrim_reaches_a_clone_that_fills") {
+        return;
+    }
+    let world = World::new();
+    let source = world.worker("keeps", Bytes::mib(16));
+    let destination = world.worker("trims", Bytes::mib(4));
+    let at = source_volume(&world, &source, Bytes::mib(64));
+    std::fs::write(at.join("doomed"), content()).unwrap();
+    let opened = open_export(&source, &destination, "m-1");
+    prepare(&destination, &opened, "m-1").unwrap();
+    let device = assemble(&destination, &opened, "m-1");
+    // But for what reads wait for, and what lies around it, next to nothing is fetched before the trim.
+    let limit = |rate| destination.perform(Command::Limit { volume: volume("v"), rate });
+    assert_eq!(limit(Some(Bytes(4096))), Ok(Outcome::Done));
+    unmount(&at);
+    let sealed = seal(&source, &destination, "m-1").unwrap();
+    begin(&destination, &opened, &sealed, "m-1");
+    let there = world.mount_point("at-destination");
+    mount(&device, &there);
+    let doomed = blocks_of(&there.join("doomed"));
+    assert_eq!(doomed.len(), content().len() / 4096);
+
+    let status = || destination.status("v").clone.unwrap();
+    let (before, allocated) = (status(), destination.status("v").allocated);
+    assert!(before.bytes_missing > 20 << 20, "most is still missing: {before:?}");
+    std::fs::remove_file(there.join("doomed")).unwrap();
+    run("sync", &["-f", there.to_str().unwrap()]);
+    run("fstrim", &[there.to_str().unwrap()]);
+    let after = status();
+    let discarded = after.bytes_discarded - before.bytes_discarded;
+    assert!(discarded >= content().len() as u64, "{discarded} were discarded: {after:?}");
+    assert!(after.bytes_missing + (10 << 20) < before.bytes_missing, "they are missed no more: {after:?}");
+    // From the device, past every cache: zeros, at once, though the origin has other bytes.
+    for block in &doomed {
+        assert!(read_direct(&device, *block).unwrap().iter().all(|&byte| byte == 0), "block {block} is no zeros");
+    }
+
+    assert_eq!(limit(None), Ok(Outcome::Done));
+    let found = verified(&destination, "m-1");
+    let never_fetched = Bytes(content().len() as u64 - (before.bytes_filled + before.bytes_fetched));
+    println!("{found:?}, before {before:?}, {allocated} allocated, {never_fetched} never fetched");
+    assert!(found.discarded * 4096 >= discarded, "{found:?}");
+    for block in &doomed {
+        assert!(read_direct(&device, *block).unwrap().iter().all(|&byte| byte == 0), "block {block} was fetched");
+    }
+    assert_eq!(std::fs::read(there.join("file")).unwrap(), content());
+    unmount(&there);
+    run("fsck.ext4", &["-fn", device.to_str().unwrap()]);
+    destination.detach("v");
+    source.detach("v");
+}
+
+/// The blocks of 4096 bytes of the device that a file lies on, as FIEMAP tells them to filefrag.
+fn blocks_of(file: &std::path::Path) -> Vec<u64> {
+    let told = run("filefrag", &["-v", "-b4096", file.to_str().unwrap()]);
+    let runs = told.lines().filter_map(|line| line.split(':').nth(2)?.trim().split_once(".."));
+    let number = |text: &str| text.trim().parse::<u64>().ok();
+    runs.filter_map(|(first, last)| Some(number(first)?..=number(last)?)).flatten().collect()
+}
+
+#[test]
 fn a_sealed_volume_survives_its_host_and_a_cancel_gives_it_back() {
     if cannot_run("a_sealed_volume_survives_its_host_and_a_cancel_gives_it_back") {
         return;

@@ -7,7 +7,7 @@ use decant_fsm::Backoff;
 use crate::handoff::State;
 use crate::migration::{Back, Migration, Phase, Role};
 use crate::points::Point;
-use crate::row::{Life, Row};
+use crate::row::{Desired, Life, Row};
 use crate::vocabulary::{Body, Denied, Effect, MachineCommand, Message, Step, Sync};
 use crate::wait;
 use crate::{destination, source};
@@ -157,7 +157,9 @@ impl Draft {
 
     /// Notes a claim of `epoch` by somebody else: nothing boots here any more until a person has looked.
     pub(crate) fn veto(&mut self, epoch: Epoch, by: &WorkerId) {
-        if self.row.veto.as_ref().is_some_and(|(seen, _)| *seen >= epoch) {
+        // What is being removed nobody boots here: another's claim does no harm, and must not keep it from going.
+        let is_going = self.row.desired == Desired::Removed;
+        if is_going || self.row.veto.as_ref().is_some_and(|(seen, _)| *seen >= epoch) {
             return;
         }
         self.row.veto = Some((epoch, by.clone()));

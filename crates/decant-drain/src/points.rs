@@ -1,4 +1,5 @@
-//! The crash points of the journal and of the peers' messages, each name in a table, so that a sweep can tell an unhit one.
+//! The crash points of the journal and of the peers' messages, each name in a table, so that a sweep can tell an unhit
+//! one (`crates/decant/tests/crash_sweep.rs`).
 
 use crate::drain::DrainState;
 use crate::migration::{Phase, Role};
@@ -189,7 +190,22 @@ mod tests {
         for life in [Life::Down, Life::Starting, Life::Up, Life::Stopping, Life::Detaching] {
             assert!(POINTS.contains(&Point::of_life(life)), "{life:?}");
         }
-        let names: std::collections::BTreeSet<&str> = POINTS.iter().flat_map(|p| [p.before, p.after]).collect();
-        assert_eq!(names.len(), 2 * POINTS.len(), "a name is there twice");
+        for state in [
+            DrainState::Cordoning,
+            DrainState::Planning,
+            DrainState::Moving,
+            DrainState::Blocked,
+            DrainState::Evacuated,
+            DrainState::Drained,
+            DrainState::Cancelling,
+            DrainState::Cancelled,
+            DrainState::Overdue,
+        ] {
+            assert!(POINTS.contains(&Point::of_drain(state)), "{state:?}");
+        }
+        let journal = POINTS.iter().flat_map(|p| [p.before, p.after]);
+        let messages = MESSAGE_POINTS.iter().flat_map(|p| [p.before, p.after, p.received]);
+        let names: std::collections::BTreeSet<&str> = journal.chain(messages).collect();
+        assert_eq!(names.len(), 2 * POINTS.len() + 3 * MESSAGE_POINTS.len(), "a name is there twice");
     }
 }

@@ -636,6 +636,29 @@ fn a_destination_that_was_not_destroyed_learns_that_it_was_overruled() {
     assert_eq!(why(&pair.rows[1])[0].on, "higher-epoch");
 }
 
+/// Whole or not: what an overruled destination has is of no use, and its operator can be rid of it.
+#[test]
+fn an_overruled_destination_can_be_removed() {
+    for kind in [Kind::Clone, Kind::Filled] {
+        let mut pair = Pair::moving();
+        pair.settle();
+        assert!(
+            matches!(pair.order(1, Order::Remove { force: false }), Err(Denied::Busy { .. })),
+            "blocks are still missing"
+        );
+        pair.order(0, Order::Reclaim).expect("it is reclaimed");
+        pair.sites[1].running = false;
+        pair.sites[1].kind = kind;
+        pair.feed(1, "gossip", Event::EpochSeen { epoch: Epoch(3), by: worker(0) }).expect("it is heard");
+        pair.order(1, Order::Remove { force: false }).expect("it is removed");
+        // The claim is heard every second, before it is gone too.
+        pair.feed(1, "gossip", Event::EpochSeen { epoch: Epoch(3), by: worker(0) }).expect("it is heard");
+        pair.finish();
+        assert_eq!((pair.rows[1].state.clone(), pair.sites[1].kind), (State::None, Kind::None), "{kind:?}");
+        assert_eq!((pair.runner(), pair.rows[0].state.clone()), (0, State::Active { epoch: Epoch(3) }));
+    }
+}
+
 #[test]
 fn a_higher_epoch_vetoes_a_boot_and_never_permits_one() {
     let mut pair = Pair::new(Some(volume()));

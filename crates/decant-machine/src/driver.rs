@@ -232,6 +232,12 @@ impl ProcessDriver {
         steps::status(self, machine)
     }
 
+    /// Whether the machine, if it is up, was started on the disk that `device` is now. One that was not runs on a disk that is
+    /// gone: the keeper of its volume has died. True where that is not known.
+    pub fn is_on(&self, machine: &MachineId, device: Option<&Path>) -> bool {
+        steps::is_on(self, machine, device)
+    }
+
     /// Every machine of which something is here.
     pub fn survivors(&self) -> io::Result<Vec<Survivor>> {
         let mut survivors = Vec::new();

@@ -10,12 +10,13 @@ use decant_network::{
     remove_machine_link, worker_prefix,
 };
 
-fn lab(test: &str, workers: u32) -> Option<Lab> {
+/// A lab called `name`; `None`, said as `SKIP <test>: <why>`, where this machine makes none.
+fn lab(test: &str, name: &str, workers: u32) -> Option<Lab> {
     if !rustix::process::geteuid().is_root() {
         println!("SKIP {test}: network namespaces need root");
         return None;
     }
-    Some(Lab::create(&format!("test-{test}-{}", std::process::id()), workers).expect("a lab"))
+    Some(Lab::create(&format!("test-{name}-{}", std::process::id()), workers).expect("a lab"))
 }
 
 fn link(lab: &Lab, worker: u32, name: &str, machine: u32) -> MachineLink {
@@ -60,7 +61,7 @@ fn ask(lab: &Lab, from: u32, address: Ipv6Addr) -> io::Result<String> {
 
 #[test]
 fn a_machine_is_reached_from_both_workers_and_follows_its_address() {
-    let Some(lab) = lab("reach", 2) else { return };
+    let Some(lab) = lab("a_machine_is_reached_from_both_workers_and_follows_its_address", "reach", 2) else { return };
     route_all(&lab, 2);
     let (here, there) = (link(&lab, 1, "orders", 7), link(&lab, 2, "orders", 7));
     let began = Instant::now();
@@ -97,7 +98,7 @@ fn a_machine_is_reached_from_both_workers_and_follows_its_address() {
 
 #[test]
 fn a_link_is_made_once_and_mended() {
-    let Some(lab) = lab("mend", 1) else { return };
+    let Some(lab) = lab("a_link_is_made_once_and_mended", "mend", 1) else { return };
     let link = link(&lab, 1, "orders", 7);
     lab.enter(1, || {
         for _ in 0..3 {
@@ -121,7 +122,7 @@ fn a_link_is_made_once_and_mended() {
 
 #[test]
 fn a_lab_counts_bytes_can_be_cut_and_leaves_nothing() {
-    let Some(lab) = lab("lab", 2) else { return };
+    let Some(lab) = lab("a_lab_counts_bytes_can_be_cut_and_leaves_nothing", "lab", 2) else { return };
     let directory = lab.directory().to_owned();
     let before = lab.counters(2).expect("counters");
     let address = lab.address(1);
@@ -161,7 +162,7 @@ fn a_lab_counts_bytes_can_be_cut_and_leaves_nothing() {
 #[test]
 fn shaped_links_have_the_rate_and_the_delay_they_were_given() {
     if !rustix::process::geteuid().is_root() || !std::path::Path::new("/dev/net/tun").exists() {
-        println!("SKIP shaped links: need root and /dev/net/tun");
+        println!("SKIP shaped_links_have_the_rate_and_the_delay_they_were_given: needs root and /dev/net/tun");
         return;
     }
     let shape = Shape { bits_per_s: 100_000_000, delay: Duration::from_millis(5) };

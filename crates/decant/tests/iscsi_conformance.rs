@@ -4,6 +4,7 @@
 mod tool;
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use tool::{Tool, directory, disk, run, run_for, text, wait_until};
@@ -191,23 +192,31 @@ impl Drop for Tgt {
     }
 }
 
-fn tgt(directory: &std::path::Path) -> (Tgt, String) {
+/// Where `cargo xtask test` unpacked it, or else as Debian installs it.
+fn program(name: &str) -> PathBuf {
+    let unpacked = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/peers/bin").join(name);
+    if unpacked.is_file() { unpacked } else { Path::new("/usr/sbin").join(name) }
+}
+
+fn tgt(directory: &Path) -> (Tgt, String) {
     let (name, disk) = ("iqn.2026-11.dev.decant:peer", disk(directory, "tgt", SIZE));
-    std::fs::create_dir_all("/var/run/tgtd").expect("where tgtd has its control socket");
-    // A free port, and a control port of our own: another tgtd may run here.
+    // A free port, and a control socket of our own: another tgtd may run here.
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
     let port = listener.local_addr().expect("bound").port();
     drop(listener);
-    let control = (port % 30_000 + 100).to_string();
-    let tgtd = Command::new("tgtd")
+    let (control, socket) = ((port % 30_000 + 100).to_string(), directory.join("tgt.sock"));
+    let tgtd = Command::new(program("tgtd"))
         .args(["-f", "-C", &control, "--iscsi", &format!("portal=127.0.0.1:{port}")])
+        .env("TGT_IPC_SOCKET", &socket)
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
-        .expect("tgtd is not here: install Debian's tgt");
+        .expect("tgtd is not here: `cargo xtask test` unpacks it");
     let tgt = Tgt(tgtd);
     let ask = |arguments: &[&str]| {
-        run(10, "tgtadm", &[&["-C", &control, "--lld", "iscsi", "--mode"], arguments].concat()).status.success()
+        let mut command = Command::new("timeout");
+        command.arg("10").arg(program("tgtadm")).args(["-C", &control, "--lld", "iscsi", "--mode"]).args(arguments);
+        command.env("TGT_IPC_SOCKET", &socket).output().expect("timeout starts").status.success()
     };
     wait_until("tgtd answers", || ask(&["target", "--op", "show"]));
     assert!(ask(&["target", "--op", "new", "--tid", "1", "-T", name]));

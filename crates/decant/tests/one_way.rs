@@ -1,7 +1,6 @@
 //! A network that loses what one worker sends to the other, without a word, and delivers the other direction or loses that too: the
 //! kind of failure in which each side knows something else, and no socket is closed. It lasts longer than any patience of the product.
 
-#[allow(dead_code, reason = "shared with the crash sweep")]
 mod fleet;
 
 use std::time::{Duration, Instant};
@@ -18,30 +17,44 @@ const ANSWER: [(&str, Duration); 2] =
 
 #[test]
 fn losses_in_one_direction_are_recovered_from() {
-    if !fleet::can_run("losses_in_one_direction_are_recovered_from") {
-        return;
-    }
-    let mut fleet = Fleet::start("one-way");
-    for (point, lost) in [
-        ("recv:prepare", Lost::FromDestination),
-        ("journal:destination:granted:after", Lost::FromDestination),
-        ("journal:destination:granted:after", Lost::FromSource),
-    ] {
-        lose(&mut fleet, point, lost, "nbd", LOSS);
-    }
+    let test = "losses_in_one_direction_are_recovered_from";
+    lose_each(
+        test,
+        "one-way",
+        &[
+            ("recv:prepare", Lost::FromDestination, "nbd", LOSS),
+            ("journal:destination:granted:after", Lost::FromDestination, "nbd", LOSS),
+            ("journal:destination:granted:after", Lost::FromSource, "nbd", LOSS),
+        ],
+    );
 }
 
 #[test]
 fn sessions_over_iscsi_outlive_a_network_that_is_gone_for_long() {
-    if !fleet::can_run("sessions_over_iscsi_outlive_a_network_that_is_gone_for_long") {
+    let test = "sessions_over_iscsi_outlive_a_network_that_is_gone_for_long";
+    lose_each(
+        test,
+        "both-ways",
+        &[
+            ("journal:destination:granted:after", Lost::Both, "iscsi", LONG_LOSS),
+            ("journal:destination:granted:after", Lost::FromSource, "iscsi", LONG_LOSS),
+        ],
+    );
+}
+
+/// Each with a fleet of its own, beside each other: nearly all of it is waiting.
+fn lose_each(test: &str, name: &str, losses: &[(&str, Lost, &str, Duration)]) {
+    if !fleet::can_run(test) {
         return;
     }
-    let mut fleet = Fleet::start("both-ways");
-    for (point, lost) in
-        [("journal:destination:granted:after", Lost::Both), ("journal:destination:granted:after", Lost::FromSource)]
-    {
-        lose(&mut fleet, point, lost, "iscsi", LONG_LOSS);
-    }
+    std::thread::scope(|scope| {
+        for (n, (point, lost, protocol, time)) in losses.iter().enumerate() {
+            scope.spawn(move || {
+                let mut fleet = Fleet::start(&format!("{name}-{}", n + 1));
+                lose(&mut fleet, point, *lost, protocol, *time);
+            });
+        }
+    });
 }
 
 /// Whose words are lost.

@@ -58,11 +58,16 @@ impl Target {
         let port = free_port()?;
         // A control port of its own: another tgtd may run here.
         let control = (port % 30_000 + 100).to_string();
-        let mut command = Command::new("tgtd");
+        let mut command = Command::new(crate::peers::program("tgtd"));
         command.args(["-f", "-C", &control, "--iscsi", &format!("portal=127.0.0.1:{port}")]).stderr(Stdio::null());
         let server = Server::start(&mut command)?;
         let ask = |arguments: &[&str]| {
-            output(Command::new("tgtadm").args(["-C", &control, "--lld", "iscsi", "--mode"]).args(arguments)).is_ok()
+            output(
+                Command::new(crate::peers::program("tgtadm"))
+                    .args(["-C", &control, "--lld", "iscsi", "--mode"])
+                    .args(arguments),
+            )
+            .is_ok()
         };
         await_that("tgtd", || ask(&["target", "--op", "show"]))?;
         let image = image.to_str().context("a path that is no text")?;

@@ -41,6 +41,7 @@ enum What {
 /// Builds the release binary, installs the peers and measures.
 pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     crate::peers::ensure_all(crate::peers::BENCH_PEERS)?;
+    crate::peers::ensure_unpacked()?;
     crate::run(crate::cargo().args(["build", "--release", "--locked", "--package", "decant"]))?;
     let bench = Bench { decant: target().join("release/decant"), rounds: options.rounds, scratch: scratch()? };
     let wanted = |what| options.what.is_empty() || options.what.contains(&what);

@@ -34,6 +34,8 @@ struct World {
     root: tempfile::TempDir,
     /// What it was made with.
     options: Vec<String>,
+    /// Whose it is.
+    test: &'static str,
 }
 
 /// A mount namespace for this thread and what it starts. Another test's child that copies the mounts, as each shim and each agent
@@ -55,10 +57,10 @@ fn isolate_mounts() -> rustix::io::Result<()> {
 }
 
 impl World {
-    fn new(size: u64, options: &[&str]) -> Self {
+    fn new(test: &'static str, size: u64, options: &[&str]) -> Self {
         // In memory where there is some: half of a test's time is a disk's syncs otherwise.
         let root = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
-        let world = Self { root, options: options.iter().map(|option| (*option).to_owned()).collect() };
+        let world = Self { root, options: options.iter().map(|option| (*option).to_owned()).collect(), test };
         File::create(world.image()).unwrap().set_len(size).unwrap();
         std::fs::create_dir(world.mount_point()).unwrap();
         let image = world.image();
@@ -77,7 +79,7 @@ impl World {
     /// `false`, said aloud, where this machine mounts nothing, or its kernel not such a file system.
     fn mount(&self, image: &Path) -> bool {
         if let Err(error) = isolate_mounts() {
-            println!("SKIP mounting: a mount namespace cannot be made, which needs root: {error}");
+            println!("SKIP {}: a mount namespace cannot be made, which needs root: {error}", self.test);
             return false;
         }
         let mount_point = self.mount_point();
@@ -85,7 +87,8 @@ impl World {
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr);
             let options = self.options.join(" ");
-            println!("SKIP mounting: not possible here with mkfs.ext4 {options}: {}; dmesg may say more", said.trim());
+            let said = said.trim();
+            println!("SKIP {}: not mounted here, made with mkfs.ext4 {options}: {said}; dmesg may say more", self.test);
         }
         output.status.success()
     }
@@ -243,8 +246,8 @@ fn free_bytes(image: &Path) -> u64 {
 }
 
 /// One file system through its life: fresh, used, zeroed, filled with noise.
-fn life(size: u64, options: &[&str], journal: bool, free: bool) {
-    let world = World::new(size, options);
+fn life(test: &'static str, size: u64, options: &[&str], journal: bool, free: bool) {
+    let world = World::new(test, size, options);
     let judge = |found: &Unneeded| {
         let bytes = found.journal.len() * BLOCK;
         if journal {
@@ -283,106 +286,118 @@ fn life(size: u64, options: &[&str], journal: bool, free: bool) {
 
 #[test]
 fn as_mkfs_makes_it() {
-    life(256 * MIB, &["-b", "4096"], true, true);
-    life(128 * MIB, &["-b", "4096"], true, true);
+    life("as_mkfs_makes_it", 256 * MIB, &["-b", "4096"], true, true);
+    life("as_mkfs_makes_it", 128 * MIB, &["-b", "4096"], true, true);
 }
 
 #[test]
 fn small_blocks() {
-    life(64 * MIB, &["-b", "1024"], true, true);
+    life("small_blocks", 64 * MIB, &["-b", "1024"], true, true);
 }
 
 #[test]
 fn blocks_of_2048() {
-    life(64 * MIB, &["-b", "2048"], true, true);
+    life("blocks_of_2048", 64 * MIB, &["-b", "2048"], true, true);
 }
 
 #[test]
 fn a_journal_in_many_pieces() {
-    life(128 * MIB, &["-b", "4096", "-g", "2048", "-O", "^flex_bg", "-J", "size=32"], true, true);
+    life(
+        "a_journal_in_many_pieces",
+        128 * MIB,
+        &["-b", "4096", "-g", "2048", "-O", "^flex_bg", "-J", "size=32"],
+        true,
+        true,
+    );
 }
 
 #[test]
 fn a_journal_in_many_pieces_of_small_blocks() {
-    life(64 * MIB, &["-b", "1024", "-g", "1024", "-O", "^flex_bg,^resize_inode", "-J", "size=8"], true, true);
+    life(
+        "a_journal_in_many_pieces_of_small_blocks",
+        64 * MIB,
+        &["-b", "1024", "-g", "1024", "-O", "^flex_bg,^resize_inode", "-J", "size=8"],
+        true,
+        true,
+    );
 }
 
 #[test]
 fn a_sparse_giant() {
-    life(40 << 30, &[], true, true);
+    life("a_sparse_giant", 40 << 30, &[], true, true);
 }
 
 #[test]
 fn short_descriptors() {
-    life(128 * MIB, &["-O", "^64bit"], true, true);
+    life("short_descriptors", 128 * MIB, &["-O", "^64bit"], true, true);
 }
 
 #[test]
 fn small_inodes() {
-    life(64 * MIB, &["-I", "128"], true, true);
+    life("small_inodes", 64 * MIB, &["-I", "128"], true, true);
 }
 
 #[test]
 fn written_inode_tables_and_journal() {
-    life(64 * MIB, &["-E", "lazy_itable_init=0,lazy_journal_init=0"], true, true);
+    life("written_inode_tables_and_journal", 64 * MIB, &["-E", "lazy_itable_init=0,lazy_journal_init=0"], true, true);
 }
 
 #[test]
 fn fast_commits_and_seeds() {
-    life(128 * MIB, &["-O", "fast_commit,metadata_csum_seed"], true, true);
+    life("fast_commits_and_seeds", 128 * MIB, &["-O", "fast_commit,metadata_csum_seed"], true, true);
 }
 
 #[test]
 fn an_orphan_file() {
-    life(128 * MIB, &["-O", "orphan_file"], true, true);
+    life("an_orphan_file", 128 * MIB, &["-O", "orphan_file"], true, true);
 }
 
 #[test]
 fn inline_data_and_much_else() {
-    life(128 * MIB, &["-O", "inline_data,large_dir,ea_inode,encrypt"], true, true);
+    life("inline_data_and_much_else", 128 * MIB, &["-O", "inline_data,large_dir,ea_inode,encrypt"], true, true);
 }
 
 /// Kernels are built without CONFIG_QUOTA or without CONFIG_UNICODE and then mount no such file system: one each.
 #[test]
 fn quotas() {
-    life(128 * MIB, &["-O", "quota,project"], true, true);
+    life("quotas", 128 * MIB, &["-O", "quota,project"], true, true);
 }
 
 #[test]
 fn names_without_case() {
-    life(128 * MIB, &["-O", "casefold"], true, true);
+    life("names_without_case", 128 * MIB, &["-O", "casefold"], true, true);
 }
 
 #[test]
 fn without_checksums_only_the_journal_is_known() {
-    life(64 * MIB, &["-O", "^metadata_csum"], true, false);
-    life(64 * MIB, &["-O", "^metadata_csum,^uninit_bg"], true, false);
+    life("without_checksums_only_the_journal_is_known", 64 * MIB, &["-O", "^metadata_csum"], true, false);
+    life("without_checksums_only_the_journal_is_known", 64 * MIB, &["-O", "^metadata_csum,^uninit_bg"], true, false);
 }
 
 #[test]
 fn clusters_leave_only_the_journal() {
-    life(128 * MIB, &["-b", "4096", "-O", "bigalloc", "-C", "16384"], true, false);
+    life("clusters_leave_only_the_journal", 128 * MIB, &["-b", "4096", "-O", "bigalloc", "-C", "16384"], true, false);
     // Their first block is 0 although it should be 1; a layout of its own.
-    life(128 * MIB, &["-b", "1024", "-O", "bigalloc", "-C", "16384"], false, false);
+    life("clusters_leave_only_the_journal", 128 * MIB, &["-b", "1024", "-O", "bigalloc", "-C", "16384"], false, false);
 }
 
 #[test]
 fn no_journal_leaves_only_the_free() {
-    life(64 * MIB, &["-O", "^has_journal"], false, true);
+    life("no_journal_leaves_only_the_free", 64 * MIB, &["-O", "^has_journal"], false, true);
 }
 
 #[test]
 fn strange_layouts_are_moved_whole() {
-    life(64 * MIB, &["-O", "^extent,^64bit,^metadata_csum"], false, false);
-    life(64 * MIB, &["-O", "meta_bg,^resize_inode"], false, false);
-    life(64 * MIB, &["-O", "mmp"], false, false);
-    life(64 * MIB, &["-O", "sparse_super2"], true, false);
+    life("strange_layouts_are_moved_whole", 64 * MIB, &["-O", "^extent,^64bit,^metadata_csum"], false, false);
+    life("strange_layouts_are_moved_whole", 64 * MIB, &["-O", "meta_bg,^resize_inode"], false, false);
+    life("strange_layouts_are_moved_whole", 64 * MIB, &["-O", "mmp"], false, false);
+    life("strange_layouts_are_moved_whole", 64 * MIB, &["-O", "sparse_super2"], true, false);
 }
 
 /// A copy of the image of a mounted file system, as a crash would leave it: its journal is needed.
 #[test]
 fn a_file_system_that_was_not_unmounted_is_moved_whole() {
-    let world = World::new(64 * MIB, &[]);
+    let world = World::new("a_file_system_that_was_not_unmounted_is_moved_whole", 64 * MIB, &[]);
     if !world.mount(&world.image()) {
         return;
     }
@@ -397,7 +412,7 @@ fn a_file_system_that_was_not_unmounted_is_moved_whole() {
 
 #[test]
 fn marks_of_trouble_are_believed() {
-    let world = World::new(64 * MIB, &["-b", "4096", "-O", "^metadata_csum"]);
+    let world = World::new("marks_of_trouble_are_believed", 64 * MIB, &["-b", "4096", "-O", "^metadata_csum"]);
     let file = OpenOptions::new().read(true).write(true).open(world.image()).unwrap();
     assert!(!inspect(&file).journal.is_empty());
     let table: &[(&str, u64, &[u8])] = &[
@@ -441,7 +456,7 @@ fn marks_of_trouble_are_believed() {
 
 #[test]
 fn a_damaged_bitmap_is_not_believed() {
-    let world = World::new(64 * MIB, &["-b", "4096"]);
+    let world = World::new("a_damaged_bitmap_is_not_believed", 64 * MIB, &["-b", "4096"]);
     let file = OpenOptions::new().read(true).write(true).open(world.image()).unwrap();
     assert!(!inspect(&file).free.is_empty());
     let read = |offset: u64, buffer: &mut [u8]| file.read_exact_at(buffer, offset).ok();
@@ -457,7 +472,7 @@ fn a_damaged_bitmap_is_not_believed() {
 #[test]
 fn only_what_is_live_is_looked_at() {
     let size = 40 << 30;
-    let world = World::new(size, &[]);
+    let world = World::new("only_what_is_live_is_looked_at", size, &[]);
     let file = File::open(world.image()).unwrap();
     let reads = std::cell::Cell::new((0u64, 0u64));
     let read = |offset: u64, buffer: &mut [u8]| {
@@ -506,7 +521,7 @@ fn cases(cases: u32) -> ProptestConfig {
 fn damage_is_survived() {
     let size = 16 * MIB;
     let images: Vec<Vec<u8>> = [&["-O", "^metadata_csum", "-b", "1024"][..], &["-b", "4096"]]
-        .map(|options| std::fs::read(World::new(size, options).image()).unwrap())
+        .map(|options| std::fs::read(World::new("damage_is_survived", size, options).image()).unwrap())
         .into();
     let strategy = (0usize..2, prop::collection::vec((0usize..8, 0usize..4096, any::<u8>()), 1..6));
     proptest!(cases(300), |((which, edits) in strategy)| {

@@ -1,7 +1,7 @@
 //! tgt, a target of other people's, as the origin: CHAP both ways, digests, both sizes of blocks, LUN 1.
 
 use std::net::TcpListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -13,10 +13,16 @@ use rustix::io::Errno;
 use crate::fixture::{eventually, fetch, image, open};
 use crate::world::{TARGET, mutual, options};
 
+/// Where `cargo xtask test` unpacked it, or else as Debian installs it.
+fn program(name: &str) -> PathBuf {
+    let unpacked = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/peers/bin").join(name);
+    if unpacked.is_file() { unpacked } else { Path::new("/usr/sbin").join(name) }
+}
+
 /// A tgtd of the test's own: in the foreground, on loopback, with a control socket in the test's directory.
 struct Tgt {
     child: Child,
-    socket: std::path::PathBuf,
+    socket: PathBuf,
     port: u16,
 }
 
@@ -29,25 +35,25 @@ impl Tgt {
 
     fn start_on(directory: &Path, port: u16) -> Self {
         let socket = directory.join("tgt.sock");
-        let child = Command::new("/usr/sbin/tgtd")
+        let child = Command::new(program("tgtd"))
             .args(["-f", "--iscsi", &format!("portal=127.0.0.1:{port}"), "-C", "17"])
             .env("TGT_IPC_SOCKET", &socket)
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
-            .expect("tgtd cannot be started: install the Debian package tgt");
+            .expect("tgtd cannot be started: `cargo xtask test` unpacks it");
         let tgt = Self { child, socket, port };
         eventually("tgtd answers", || tgt.adm(&["--mode", "target", "--op", "show"]).is_ok());
         tgt
     }
 
     fn adm(&self, arguments: &[&str]) -> Result<(), String> {
-        let output = Command::new("/usr/sbin/tgtadm")
+        let output = Command::new(program("tgtadm"))
             .args(["-C", "17", "--lld", "iscsi"])
             .args(arguments)
             .env("TGT_IPC_SOCKET", &self.socket)
             .output()
-            .expect("tgtadm cannot be started: install the Debian package tgt");
+            .expect("tgtadm cannot be started: `cargo xtask test` unpacks it");
         if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).into_owned()) }
     }
 

@@ -69,7 +69,7 @@ pub(super) fn prepare(driver: &ProcessDriver, request: &Prepare<'_>) -> Result<C
     // A shim that has just answered "stopped", or was killed, may not be quite gone.
     wait_gone(driver, machine, ANSWER)?;
     fs::create_dir_all(run.join("root")).context(machine, || format!("make {}", run.display()))?;
-    let _ = fs::remove_file(run.join("device"));
+    forget_device(&run);
     make_groups(driver, &config)?;
     let path = run.join("shim.json");
     let text =
@@ -215,8 +215,9 @@ pub(super) fn start(driver: &ProcessDriver, machine: &MachineId, device: Option<
     let device = device
         .map(|path| {
             let number = fs::metadata(path).context(machine, || format!("find {}", path.display()))?.rdev();
-            // Where to look when the machine has stopped, or its shim was killed.
+            // Where to look when the machine has stopped, or its shim was killed; and which disk it is.
             fs::write(run.join("device"), path.as_os_str().as_encoded_bytes())
+                .and_then(|()| fs::write(run.join("disk"), disk(path).unwrap_or_default()))
                 .context(machine, || "note the device".to_owned())?;
             let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
             Ok(Device { path: path.to_owned(), major, minor })
@@ -232,6 +233,28 @@ pub(super) fn start(driver: &ProcessDriver, machine: &MachineId, device: Option<
         Err(NoAnswer::Io(cause)) => Err(cause).context(machine, || "tell its shim to go".to_owned()),
         Err(NoAnswer::Gone | NoAnswer::Late) => Err(MachineError::NotPrepared { machine: machine.clone() }),
     }
+}
+
+/// Nothing of the machine is on a device any more.
+fn forget_device(run: &Path) {
+    for note in ["device", "disk"] {
+        let _ = fs::remove_file(run.join(note));
+    }
+}
+
+/// Whether the machine, if it is up, was started on the disk that `device` is now.
+pub(super) fn is_on(driver: &ProcessDriver, machine: &MachineId, device: Option<&Path>) -> bool {
+    let noted = fs::read_to_string(driver.run(machine).join("disk")).unwrap_or_default();
+    // Not known is not another.
+    noted.is_empty() || device.and_then(disk).is_none_or(|disk| disk == noted)
+}
+
+/// The kernel's number of this very disk (`diskseq`, Linux 5.15), which no other ever has; names of loop devices are used again.
+fn disk(device: &Path) -> Option<String> {
+    let number = fs::metadata(device).ok()?.rdev();
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    let text = fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/diskseq")).ok()?;
+    Some(text.trim().to_owned())
 }
 
 fn order(driver: &ProcessDriver, machine: &MachineId, request: &Request) -> Result<u64> {
@@ -278,7 +301,7 @@ pub(super) fn stop(driver: &ProcessDriver, machine: &MachineId, hard: bool, pati
         probe_exclusive(&device, LET_GO.min(left))
             .map_err(|cause| MachineError::DeviceBusy { machine: machine.clone(), cause })?;
         // It was let go once. Whoever has a device of that name later has another one: loop devices are used again.
-        let _ = fs::remove_file(run.join("device"));
+        forget_device(&run);
     }
     let status = status_file(&run);
     if let (Change::Made, Some(Status { timings, .. })) = (change, &status) {

@@ -13,8 +13,12 @@ pub(crate) struct Acks {
     lines: Receiver<String>,
     /// The highest line acknowledged.
     last: u64,
+    /// How many lines whoever runs has.
+    here: u64,
     /// How often the machine started.
     starts: u64,
+    /// How many files it has read as they were written.
+    right: usize,
     /// The power was cut: the machine may have seen its disk go before it ended itself.
     dying: bool,
 }
@@ -40,7 +44,7 @@ impl Acks {
                 }
             }
         });
-        Self { directory, lines, last: 0, starts: 0, dying: false }
+        Self { directory, lines, last: 0, here: 0, starts: 0, right: 0, dying: false }
     }
 
     pub(crate) fn directory(&self) -> &Path {
@@ -61,6 +65,8 @@ impl Acks {
 
     /// Waits for three acknowledgements more: the machine runs, and what it acknowledged is there.
     pub(crate) fn await_progress(&mut self, when: &str) {
+        // What is already said may have been said by one that is dead now.
+        self.wait(Duration::ZERO);
         let wanted = self.last + 3;
         let end = Instant::now() + super::PATIENCE;
         while self.last < wanted {
@@ -73,20 +79,59 @@ impl Acks {
         self.dying = false;
     }
 
+    /// Waits until the machine was started so often.
+    pub(crate) fn await_start(&mut self, starts: u64, when: &str) {
+        let end = Instant::now() + super::PATIENCE;
+        while self.starts < starts {
+            let left = end.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "{when}: it was started {} times, not {starts}", self.starts);
+            if let Ok(line) = self.lines.recv_timeout(left) {
+                self.note(&line);
+            }
+        }
+    }
+
+    /// Files that the machine has read, and found to be what they were.
+    pub(crate) fn right(&self) -> usize {
+        self.right
+    }
+
+    /// Waits until it has read so many.
+    pub(crate) fn await_right(&mut self, files: usize, when: &str) {
+        let end = Instant::now() + super::PATIENCE;
+        while self.right < files {
+            let left = end.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "{when}: {} files of {files} were read and right", self.right);
+            if let Ok(line) = self.lines.recv_timeout(left) {
+                self.note(&line);
+            }
+        }
+    }
+
+    /// Makes an empty file outside, for the machine to see.
+    pub(crate) fn touch_outside(&self, name: &str) {
+        File::create(self.directory.join(name)).expect("a file outside the workers");
+    }
+
     fn note(&mut self, line: &str) {
         let (word, number) = line.split_once(' ').unwrap_or((line, ""));
         match (word, number.parse::<u64>()) {
             ("start", Ok(length)) => {
                 // One line may have been written and not acknowledged when it was stopped.
-                let (low, high) = (self.last, self.last + 1);
+                let (low, high) = (self.last, self.here + 1);
                 assert!((low..=high).contains(&length), "{length} lines are there, {low} were acknowledged");
-                self.last = length;
+                self.here = length;
+                // What is read from a disk that is gone is what the kernel remembers of it.
+                if !self.dying {
+                    self.last = length;
+                }
                 self.starts += 1;
             }
             ("ack", Ok(number)) => {
-                assert_eq!(number, self.last + 1, "acknowledged out of order");
-                self.last = number;
+                assert_eq!(number, self.here + 1, "acknowledged out of order");
+                (self.here, self.last) = (number, number);
             }
+            ("right", Ok(_)) => self.right += 1,
             // Not acknowledged, so nothing is lost; without a power cut no machine may ever see an error.
             ("failed", _) if self.dying => {}
             _ => panic!("the machine says: {line}"),
@@ -99,7 +144,8 @@ impl Acks {
     }
 
     /// Lines acknowledged and starts so far.
-    pub(crate) fn totals(&self) -> (u64, u64) {
+    pub(crate) fn totals(&mut self) -> (u64, u64) {
+        self.wait(Duration::ZERO);
         (self.last, self.starts)
     }
 }

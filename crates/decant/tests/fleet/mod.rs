@@ -4,6 +4,8 @@
 //! another holds it; it appends a line to a log, syncs it, and only then acknowledges the line through a FIFO that this
 //! process reads. At every start it checks that its log is whole and says how long it is.
 
+#![allow(dead_code, unused_imports, reason = "each test file uses its part")]
+
 mod acks;
 mod worker;
 
@@ -15,7 +17,7 @@ use decant_network::Lab;
 use serde_json::Value;
 
 pub(crate) use acks::Acks;
-pub(crate) use worker::Worker;
+pub(crate) use worker::{Worker, wait_a_moment};
 
 /// How long anything may take that takes a second at most on an idle machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(45);
@@ -36,10 +38,12 @@ while read -r line; do
     if [ "$line" != "$n" ]; then echo "torn at $n: $line" >&8; exit 1; fi
 done < /tmp/log
 echo "start $n" >&8
+#at the start
 while :; do
     n=$((n+1))
     echo "$n" >> log && sync -d log || { echo "failed at $n" >&8; exit 1; }
     echo "ack $n" >&8
+    #after each line
     sleep 0.02
 done
 "#;
@@ -49,7 +53,6 @@ pub(crate) struct Fleet {
     pub(crate) workers: Vec<Worker>,
     pub(crate) acks: Acks,
     // After the workers: their processes end before their namespaces and files go.
-    #[allow(dead_code, reason = "only some of the tests that share this look at the network")]
     pub(crate) lab: std::sync::Arc<Lab>,
     _directory: Directory,
 }
@@ -73,9 +76,15 @@ impl Fleet {
     /// Makes workers 1 and 2 with a fresh authority, worker 1 with 16 MiB headers and worker 2 with 4 MiB ones, and starts the
     /// machine with a volume of 64 MiB on worker 1.
     pub(crate) fn start(name: &str) -> Self {
+        Self::start_with(name, "", "")
+    }
+
+    /// As [`Self::start`]; the machine's shell also does `at_start`, before its first line, and `after_each` of its lines.
+    pub(crate) fn start_with(name: &str, at_start: &str, after_each: &str) -> Self {
         let directory = Directory::make(name);
         let lab = std::sync::Arc::new(Lab::create(name, 2).expect("network namespaces"));
-        let acks = Acks::listen(&directory.path, RUNNER);
+        let script = RUNNER.replace("#at the start", at_start).replace("#after each line", after_each);
+        let acks = Acks::listen(&directory.path, &script);
         run(decant().args(["ca", "init", "--dir"]).arg(&directory.path));
         let keys = directory.path.join("keys");
         std::fs::create_dir(&keys).expect("a directory for keys");
@@ -111,6 +120,20 @@ impl Fleet {
         }
     }
 
+    /// Waits until so many reads of the migration's volume wait at worker `at` for its source.
+    pub(crate) fn await_parked(&mut self, at: usize, migration: &str, count: u64) {
+        let path = format!("/v1/migrations/{migration}?scope=local");
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let seen = self.workers[at].api(&path);
+            if seen.as_ref().is_ok_and(|view| view["progress"]["parked_reads"].as_u64() >= Some(count)) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{count} reads do not wait: {seen:?}: {}", self.describe());
+            self.acks.wait(Duration::from_millis(20));
+        }
+    }
+
     /// What the workers say, for a test that fails.
     pub(crate) fn describe(&mut self) -> String {
         let views: Vec<Result<View, String>> = self.workers.iter_mut().map(view).collect();
@@ -139,9 +162,13 @@ fn view(worker: &mut Worker) -> Result<View, String> {
         .find(|m| m["machine"] == MACHINE)
         .cloned()
         .unwrap_or_default();
-    let is_over = |phase: &Value| ["cleaned", "cancelled", "failed"].iter().any(|word| phase == word);
     let quiet = migrations["items"].as_array().into_iter().flatten().all(|migration| is_over(&migration["phase"]));
     Ok(View { runs: machine["state"] == "running", quiet, machine, migrations })
+}
+
+/// Whether a migration in this phase is over.
+fn is_over(phase: &Value) -> bool {
+    ["cleaned", "cancelled", "failed"].iter().any(|word| phase == word)
 }
 
 /// The program under test.

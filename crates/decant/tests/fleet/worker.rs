@@ -1,6 +1,8 @@
 //! One worker: its namespace, its disk, its agent.
 
+use std::ffi::OsStr;
 use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -12,13 +14,17 @@ use decant_network::Lab;
 use rustix::process::{Pid, Signal, WaitIdOptions};
 use serde_json::Value;
 
-use super::{PATIENCE, decant, run};
+use super::{MACHINE, PATIENCE, decant, run};
+
+/// Where a machine serves, and where every proxy serves for it.
+const DOOR: u16 = 8080;
 
 pub(crate) struct Worker {
     index: u32,
     lab: Arc<Lab>,
     directory: PathBuf,
     agent: Option<Child>,
+    proxy: Option<Child>,
     /// Keeps the worker's mounts while it is up.
     host: Option<Child>,
     boots: u32,
@@ -40,6 +46,8 @@ impl Worker {
             .arg(below)
             .arg("--dir")
             .arg(&directory));
+        // One key store for all, as a fleet has; by a name of the worker's own, so that it can lose it.
+        std::os::unix::fs::symlink("../keys", directory.join("keys")).expect("a link to the keys");
         let peer = 3 - index;
         let config = format!(
             r#"
@@ -52,13 +60,17 @@ listen = "[{address}]:7070"
 data_listen = "[{address}]:0"
 tls = {{ ca = "../ca.pem", cert = "{name}.pem", key = "{name}.key" }}
 luks = {{ header = "{header}" }}
-keys = {{ source = "file", directory = "../keys" }}
+keys = {{ source = "file", directory = "keys" }}
 drain = {{ retention = "0s", stop_timeout = "10s", prepare_timeout = "20s" }}
 iscsi = {{ trusted_networks = ["{network}"] }}
 [[peers]]
 worker = "worker-{peer}"
 worker_index = {peer}
 address = "[{peer_address}]:7070"
+[[proxy.services]]
+listen = "[{address}]:{DOOR}"
+machine = "{MACHINE}"
+port = {DOOR}
 "#,
             run = Self::run_dir(lab, index).display(),
             network = lab.network(),
@@ -66,7 +78,8 @@ address = "[{peer_address}]:7070"
             peer_address = lab.address(peer),
         );
         std::fs::write(directory.join("worker.toml"), config).expect("a configuration");
-        let mut worker = Self { index, lab: Arc::clone(lab), directory, agent: None, host: None, boots: 0 };
+        let mut worker =
+            Self { index, lab: Arc::clone(lab), directory, agent: None, proxy: None, host: None, boots: 0 };
         worker.boot();
         worker
     }
@@ -95,18 +108,58 @@ address = "[{peer_address}]:7070"
         self.host = Some(host);
     }
 
-    /// Starts the agent with these variables and waits until it answers, unless a crash point is meant to come first.
+    /// Starts the agent with these variables.
     pub(crate) fn start_agent(&mut self, environment: &[(&str, &str)]) {
+        self.start_agent_with(environment);
+    }
+
+    /// Starts the agent with these variables.
+    pub(crate) fn start_agent_with<'a, K, V>(&mut self, environment: impl IntoIterator<Item = &'a (K, V)>)
+    where
+        K: AsRef<OsStr> + 'a,
+        V: AsRef<OsStr> + 'a,
+    {
         assert!(self.agent.is_none(), "worker-{} has an agent", self.index);
-        let log = std::fs::File::options().create(true).append(true).open(self.directory.join("agent.log"));
-        let log = log.expect("a log");
+        let mut command = self.inside("agent");
+        command.envs(environment.into_iter().map(|(name, value)| (name, value)));
+        self.agent = Some(self.lab.spawn(self.index, &mut command).expect("an agent"));
+    }
+
+    /// Starts the worker's proxy.
+    pub(crate) fn start_proxy(&mut self) {
+        assert!(self.proxy.is_none(), "worker-{} has a proxy", self.index);
+        self.proxy = Some(self.lab.spawn(self.index, &mut self.inside("proxy")).expect("a proxy"));
+    }
+
+    /// Kills the worker's proxy.
+    pub(crate) fn kill_proxy(&mut self) {
+        let mut proxy = self.proxy.take().expect("a proxy");
+        proxy.kill().expect("it runs");
+        proxy.wait().expect("it ends");
+    }
+
+    /// What the machine says to who connects to it through this worker's proxy.
+    pub(crate) fn ask_proxy(&self) -> std::io::Result<String> {
+        let address = self.lab.address(self.index);
+        let mut stream = self
+            .lab
+            .enter(self.index, || TcpStream::connect_timeout(&(address, DOOR).into(), Duration::from_secs(5)))?;
+        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    }
+
+    /// `decant agent` or `decant proxy` where the worker's mounts are; what it says goes to the log of that name.
+    fn inside(&self, what: &str) -> Command {
+        let log = self.directory.join(format!("{what}.log"));
+        let log = std::fs::File::options().create(true).append(true).open(log).expect("a log");
         let namespace = format!("--mount=/proc/{}/ns/mnt", self.host.as_ref().expect("a booted worker").id());
         let mut command = Command::new("nsenter");
         command.arg(namespace).arg("--").arg(env!("CARGO_BIN_EXE_decant"));
-        command.args(["agent", "--config"]).arg(self.directory.join("worker.toml"));
+        command.args([what, "--config"]).arg(self.directory.join("worker.toml"));
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("a log")).stderr(log);
-        command.envs(environment.iter().copied());
-        self.agent = Some(self.lab.spawn(self.index, &mut command).expect("an agent"));
+        command
     }
 
     /// Waits until the agent answers.
@@ -123,24 +176,59 @@ address = "[{peer_address}]:7070"
 
     /// Waits until this worker says that the migration is in `phase`.
     pub(crate) fn await_phase(&mut self, migration: &str, phase: &str) {
+        self.await_answer(&format!("/v1/migrations/{migration}?scope=local"), phase, |view| view["phase"] == phase);
+    }
+
+    /// Waits until this worker says that the migration is over.
+    pub(crate) fn await_over(&mut self, migration: &str) {
+        self.await_answer(&format!("/v1/migrations/{migration}?scope=local"), "over", |view| {
+            super::is_over(&view["phase"])
+        });
+    }
+
+    /// Waits until this worker says that the machine is in `state`.
+    pub(crate) fn await_state(&mut self, machine: &str, state: &str) {
+        self.await_answer(&format!("/v1/machines/{machine}?scope=local"), state, |view| view["state"] == state);
+    }
+
+    /// Waits until this worker has nothing of the machine.
+    pub(crate) fn await_gone(&mut self, machine: &str) {
+        self.await_answer("/v1/machines?scope=local", &format!("without {machine}"), |view| {
+            view["items"].as_array().into_iter().flatten().all(|item| item["machine"] != machine)
+        });
+    }
+
+    fn await_answer(&mut self, path: &str, what: &str, is_so: impl Fn(&Value) -> bool) {
         let end = Instant::now() + PATIENCE;
         loop {
-            let seen = self.api(&format!("/v1/migrations/{migration}?scope=local"));
-            if seen.as_ref().is_ok_and(|view| view["phase"] == phase) {
+            let seen = self.api(path);
+            if seen.as_ref().is_ok_and(&is_so) {
                 return;
             }
-            assert!(Instant::now() < end, "{migration} is not {phase}: {seen:?}\n{}", self.tail_of_logs());
+            assert!(Instant::now() < end, "{path} is not {what}: {seen:?}\n{}", self.tail_of_logs());
             wait_a_moment();
         }
     }
 
-    /// Waits until `done`, or until the agent stands still at its crash point.
-    pub(crate) fn await_or_standstill(&self, done: impl Fn(&Self) -> bool) {
-        let end = Instant::now() + PATIENCE;
-        while !done(self) && !self.stands_still() {
-            assert!(Instant::now() < end, "worker-{} is not done\n{}", self.index, self.tail_of_logs());
-            wait_a_moment();
-        }
+    /// Another passphrase than the fleet's is what this worker finds for `volume`.
+    pub(crate) fn lose_key(&self, volume: &str) {
+        let wrong = self.directory.join("wrong-keys");
+        std::fs::create_dir_all(&wrong).expect("a directory");
+        let key = wrong.join(format!("{volume}.key"));
+        std::fs::write(&key, "another passphrase").expect("a key");
+        std::fs::set_permissions(&key, std::os::unix::fs::PermissionsExt::from_mode(0o600)).expect("a mode");
+        self.link_keys("wrong-keys");
+    }
+
+    /// The fleet's keys are there again.
+    pub(crate) fn find_key(&self) {
+        self.link_keys("../keys");
+    }
+
+    fn link_keys(&self, to: &str) {
+        let link = self.directory.join("keys");
+        std::fs::remove_file(&link).expect("the link to the keys");
+        std::os::unix::fs::symlink(to, &link).expect("a link to keys");
     }
 
     /// How often the agent has given messages to its peer up, by its log; their rows send them again.
@@ -193,7 +281,8 @@ address = "[{peer_address}]:7070"
         false
     }
 
-    fn stands_still(&self) -> bool {
+    /// Whether the agent stands still at its crash point.
+    pub(crate) fn stands_still(&self) -> bool {
         let agent = pid_of(self.agent.as_ref().expect("an agent"));
         let options = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
         match rustix::process::waitid(rustix::process::WaitId::Pid(agent), options).expect("wait") {
@@ -210,11 +299,30 @@ address = "[{peer_address}]:7070"
 
     /// Kills every volume process of this worker; how many there were.
     pub(crate) fn kill_volume_processes(&self) -> usize {
-        kill_those(&self.namespaces(), |command| command.split(|&byte| byte == 0).nth(1) == Some(b"volume"))
+        self.kill_processes("volume")
+    }
+
+    /// The processes of this worker that are a `decant WORD`.
+    pub(crate) fn processes(&self, word: &str) -> Vec<Pid> {
+        those(&self.namespaces(), is_called(word))
+    }
+
+    /// Kills every process of this worker that is a `decant WORD`; how many there were.
+    pub(crate) fn kill_processes(&self, word: &str) -> usize {
+        signal_those(&self.namespaces(), Signal::KILL, is_called(word))
+    }
+
+    /// Gives every volume process of this worker the signal; how many there were.
+    pub(crate) fn signal_volume_processes(&self, signal: Signal) -> usize {
+        signal_those(&self.namespaces(), signal, is_called("volume"))
     }
 
     /// Cuts the power: what was not synced to the worker's disk is gone, every process of it too, and its run directory.
+    ///
+    /// Everything of the worker stands still first: nothing is computed, and nothing acknowledged, in the moment in which the disk
+    /// goes. A sync that is under way then may succeed: ext4 that is shut down waits for no transaction that it gave up.
     pub(crate) fn cut_power(&mut self) {
+        self.stand_still();
         let state = self.directory.join("state");
         let seen = format!("{}{}", self.root(), state.display());
         let directory = std::fs::File::open(&seen).expect("the state directory");
@@ -233,12 +341,30 @@ address = "[{peer_address}]:7070"
         self.boot();
     }
 
+    /// Stops every process of this worker, and waits until none of them runs.
+    fn stand_still(&self) {
+        let namespaces = self.namespaces();
+        let end = Instant::now() + PATIENCE;
+        loop {
+            signal_those(&namespaces, Signal::STOP, |_| true);
+            let running = those(&namespaces, |_| true).into_iter().filter(|pid| is_running(*pid)).count();
+            if running == 0 {
+                return;
+            }
+            assert!(Instant::now() < end, "{running} processes of worker-{} do not stand still", self.index);
+            wait_a_moment();
+        }
+    }
+
     /// Kills every process of this worker: all that is in its network namespace or in one of its machines', until none is left.
     fn kill_everything(&mut self) {
         let namespaces = self.namespaces();
         self.kill_agent();
+        if self.proxy.is_some() {
+            self.kill_proxy();
+        }
         let end = Instant::now() + PATIENCE;
-        while kill_those(&namespaces, |_| true) > 0 {
+        while signal_those(&namespaces, Signal::KILL, |_| true) > 0 {
             assert!(Instant::now() < end, "processes of worker-{} do not end", self.index);
             wait_a_moment();
         }
@@ -284,7 +410,8 @@ address = "[{peer_address}]:7070"
         self.api_within(path, Duration::from_secs(5))
     }
 
-    fn api_within(&mut self, path: &str, patience: Duration) -> Result<Value, String> {
+    /// One GET that takes no longer.
+    pub(crate) fn api_within(&mut self, path: &str, patience: Duration) -> Result<Value, String> {
         let failed = |error: std::io::Error| format!("{}: {error}", self.socket().display());
         let mut stream = UnixStream::connect(self.socket()).map_err(failed)?;
         stream.set_read_timeout(Some(patience)).map_err(failed)?;
@@ -298,7 +425,13 @@ address = "[{peer_address}]:7070"
         serde_json::from_str(body).map_err(|error| format!("{path}: {error}: {body}"))
     }
 
-    /// The names of crash points that were passed, from a trace.
+    /// The names of crash points that were passed so far by agents that were told to write them down.
+    pub(crate) fn trace(&self) -> Vec<String> {
+        let text = std::fs::read_to_string(self.trace_path()).unwrap_or_default();
+        text.lines().map(str::to_owned).collect()
+    }
+
+    /// Where they write them.
     pub(crate) fn trace_path(&self) -> PathBuf {
         self.directory.join("trace")
     }
@@ -321,20 +454,37 @@ fn inode(path: &Path) -> Option<u64> {
     std::fs::metadata(path).map(|meta| std::os::unix::fs::MetadataExt::ino(&meta)).ok()
 }
 
-/// Kills the processes in these network namespaces whose command line `chosen` accepts; how many there were.
-fn kill_those(namespaces: &[u64], chosen: impl Fn(&[u8]) -> bool) -> usize {
-    let mut killed = 0;
+/// Whether a command line is that of `decant WORD`.
+fn is_called(word: &str) -> impl Fn(&[u8]) -> bool {
+    move |command| command.split(|&byte| byte == 0).nth(1) == Some(word.as_bytes())
+}
+
+/// Signals the processes in these network namespaces whose command line `chosen` accepts; how many there were.
+fn signal_those(namespaces: &[u64], signal: Signal, chosen: impl Fn(&[u8]) -> bool) -> usize {
+    let those = those(namespaces, chosen);
+    those.into_iter().filter(|pid| rustix::process::kill_process(*pid, signal).is_ok()).count()
+}
+
+/// The processes in these network namespaces whose command line `chosen` accepts.
+fn those(namespaces: &[u64], chosen: impl Fn(&[u8]) -> bool) -> Vec<Pid> {
+    let mut those = Vec::new();
     for entry in std::fs::read_dir("/proc").expect("/proc").flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw) else {
             continue;
         };
         let here = inode(&entry.path().join("ns/net")).is_some_and(|own| namespaces.contains(&own));
         let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        if here && chosen(&command) && rustix::process::kill_process(pid, Signal::KILL).is_ok() {
-            killed += 1;
+        if here && chosen(&command) {
+            those.push(pid);
         }
     }
-    killed
+    those
+}
+
+/// Whether a process may still do something by itself: it is neither stopped nor dead, and does not wait for a disk.
+fn is_running(pid: Pid) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['T', 't', 'D', 'Z', 'X']))
 }
 
 fn pid_of(child: &Child) -> Pid {
@@ -342,7 +492,7 @@ fn pid_of(child: &Child) -> Pid {
 }
 
 /// A poll interval, not a synchronisation: the caller checks a condition again and has a deadline.
-fn wait_a_moment() {
+pub(crate) fn wait_a_moment() {
     std::thread::sleep(Duration::from_millis(3));
 }
 
