@@ -29,8 +29,9 @@ const PEERS: &[(&str, &str)] = &[
 /// unpacked below target/peers, with the libraries that are not here, and run from there.
 const UNPACKED: &[(&str, &str)] = &[("tgtd", "tgt"), ("tgtadm", "tgt")];
 
-/// A peer that must have the version of another package: where that came from elsewhere it cannot be had, and the tests that want it
-/// say so and are skipped. QEMU's iscsi driver is a module, found from /usr/bin by the directory of its architecture.
+/// A peer that must have the version of another package. QEMU's iscsi driver is a module, found from /usr/bin by the directory of
+/// its architecture. Where QEMU came from elsewhere than the module can be had from, both are unpacked in one version
+/// ([`ensure_qemu`]).
 const WISHED: &[(&str, &str)] = &[(QEMU_ISCSI, "qemu-block-extra")];
 
 #[cfg(target_arch = "aarch64")]
@@ -52,10 +53,28 @@ pub(crate) const BENCH_PEERS: &[(&str, &str)] = &[
 pub(crate) fn ensure() -> anyhow::Result<()> {
     ensure_all(PEERS)?;
     ensure_unpacked()?;
-    if let Err(error) = ensure_all(WISHED) {
+    if let Err(error) = ensure_qemu() {
         println!("cannot be had here, and the tests that want it are skipped: {error:#}");
     }
     Ok(())
+}
+
+/// Programs of QEMU that tests run with its iscsi driver.
+const QEMU: &[&str] = &["qemu-io", "qemu-img"];
+
+/// QEMU with its iscsi driver: installed beside the QEMU that is here, or else both unpacked.
+fn ensure_qemu() -> anyhow::Result<()> {
+    let is_there = |name: &&str| program(name).is_absolute();
+    if QEMU.iter().all(is_there) || ensure_all(WISHED).is_ok() {
+        return Ok(());
+    }
+    let offered = apt_cache(&["show", "--no-all-versions", "qemu-block-extra"])?;
+    let version = offered.lines().find_map(|line| line.strip_prefix("Version: ")).context("no version is offered")?;
+    let pair = ["qemu-utils", "qemu-block-extra"].map(|package| format!("{package}={version}"));
+    println!("unpacking below target/peers, since it does not go with the QEMU that is here: {}", pair.join(" "));
+    // What the two need is here, with the QEMU of another version; the drivers of what is not are never loaded.
+    extract(&pair)?;
+    QEMU.iter().try_for_each(|program| wrap(program).with_context(|| format!("{program} of the package qemu-utils")))
 }
 
 /// Installs the packages of `peers` whose program is not on this machine.
@@ -94,18 +113,23 @@ pub(crate) fn ensure_unpacked() -> anyhow::Result<()> {
     }
     let all = with_dependencies(&list)?;
     println!("unpacking below target/peers, where nothing of them is started: {}", all.join(" "));
+    extract(&all)?;
+    for (program, package) in UNPACKED {
+        wrap(program).with_context(|| format!("{program} of the package {package}"))?;
+    }
+    Ok(())
+}
+
+/// Fetches packages, each a name or `name=version`, and unpacks them below target/peers.
+fn extract(names: &[String]) -> anyhow::Result<()> {
     let packages = peers().join("packages");
     let root = peers().join("root");
     std::fs::create_dir_all(&packages).with_context(|| format!("cannot make {}", packages.display()))?;
-    let names: Vec<&str> = all.iter().map(String::as_str).collect();
     run_quietly(Command::new("apt-get").arg("download").args(names).current_dir(&packages))?;
     for entry in std::fs::read_dir(&packages)? {
         run_quietly(Command::new("dpkg-deb").arg("--extract").arg(entry?.path()).arg(&root))?;
     }
     std::fs::remove_dir_all(&packages)?;
-    for (program, package) in UNPACKED {
-        wrap(program).with_context(|| format!("{program} of the package {package}"))?;
-    }
     Ok(())
 }
 
@@ -117,7 +141,7 @@ fn wrap(program: &str) -> anyhow::Result<()> {
     let libraries = format!("lib/{}-linux-gnu", std::env::consts::ARCH);
     let script = format!(
         "#!/bin/sh\nroot=$(dirname \"$0\")/../root\n\
-         export LD_LIBRARY_PATH=\"$root/usr/{libraries}:$root/{libraries}\"\n\
+         export LD_LIBRARY_PATH=\"$root/usr/{libraries}:$root/{libraries}\" QEMU_MODULE_DIR=\"$root/usr/{libraries}/qemu\"\n\
          exec \"$root/{directory}/{program}\" \"$@\"\n"
     );
     let path = peers().join("bin").join(program);
@@ -174,6 +198,11 @@ fn apt(args: &[&str]) -> anyhow::Result<String> {
     let mut command = Command::new("apt-get");
     command.args(args).env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C");
     run_quietly(&mut command).context("tests need Debian, or a system with the packages above")
+}
+
+/// What apt-cache knows of packages.
+fn apt_cache(args: &[&str]) -> anyhow::Result<String> {
+    run_quietly(Command::new("apt-cache").args(args).env("LC_ALL", "C"))
 }
 
 /// Runs `command`, which must succeed; gives what it printed.

@@ -136,10 +136,20 @@ fn package(program: &str) -> &'static str {
     }
 }
 
+/// A peer that `cargo xtask test` has unpacked by its path, any other by its name.
+pub(crate) fn peer(program: &str) -> PathBuf {
+    let unpacked = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/peers/bin").join(program);
+    if unpacked.is_file() { unpacked } else { PathBuf::from(program) }
+}
+
 /// Runs a peer for at most so long; `None`: it was ended then.
 pub(crate) fn run_for(seconds: u32, program: &str, arguments: &[&str]) -> Option<Output> {
-    let output =
-        Command::new("timeout").args(["-s", "KILL"]).arg(seconds.to_string()).arg(program).args(arguments).output();
+    let output = Command::new("timeout")
+        .args(["-s", "KILL"])
+        .arg(seconds.to_string())
+        .arg(peer(program))
+        .args(arguments)
+        .output();
     let output = output.expect("timeout is part of coreutils");
     let code = output.status.code();
     assert!(code != Some(127), "{program} is not here: install Debian's {}", package(program));
@@ -168,7 +178,7 @@ pub(crate) fn text(output: &Output) -> String {
 /// Whether QEMU's iscsi driver, a module of QEMU's own version, is on this machine; says so if not, as `SKIP <test>: <why>`.
 pub(crate) fn has_qemu_iscsi(test: &str) -> bool {
     let module = format!("/usr/lib/{}-linux-gnu/qemu/block-iscsi.so", std::env::consts::ARCH);
-    let found = Path::new(&module).exists();
+    let found = Path::new(&module).exists() || peer("qemu-io").is_absolute();
     if !found {
         println!("SKIP {test}: qemu-block-extra of the version of qemu-utils is not installed");
     }
