@@ -140,7 +140,8 @@ pub(crate) fn copy_database(from: &Path, to: &Path) -> anyhow::Result<()> {
             let source = Connection::open_with_flags(&path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
             source.busy_timeout(std::time::Duration::from_secs(10))?;
             let backup = rusqlite::backup::Backup::new(&source, &mut copy)?;
-            backup.run_to_completion(4096, std::time::Duration::ZERO, None)
+            // In one step: a write of the service between two of them would begin the copy anew, and it writes all the time.
+            backup.run_to_completion(i32::MAX, std::time::Duration::ZERO, None)
         };
         backup().map_err(std::io::Error::other)
     });
