@@ -3,7 +3,8 @@
 //! The volume process holds one [`CloneCore`] behind a lock that it never holds during I/O. The protocol, per request:
 //!
 //! - **Read**: [`CloneCore::is_here`], then read the file; or [`CloneCore::park`].
-//! - **Write, discard**: [`CloneCore::begin_write`]; the bytes; [`CloneCore::end_write`]; append the mark it returns; acknowledge.
+//! - **Write, discard**: [`CloneCore::begin_write`]; the bytes; [`CloneCore::end_write`]; answer the reads it hands out; append the mark it
+//!   returns; acknowledge.
 //!   From begin to end no fetched byte is stored over a block that the write found missing; after the end no fetched byte is stored over what it wrote.
 //! - **Fetched bytes**: [`CloneCore::begin_store`]; write what it names; [`CloneCore::end_store`]; then [`CloneCore::fetch_done`] once per fetch.
 //!   From begin to end a write into the blocks being stored is told [`Begin::Busy`]: it waits for a local write, never for the network.
@@ -332,8 +333,8 @@ impl<W> CloneCore<W> {
         self.parked.len()
     }
 
-    /// All reads that wait, to be failed: the machine is being stopped or killed.
-    pub fn fail_parked(&mut self, out: &mut Vec<Waiting<W>>) {
+    /// All reads that wait: to be failed as the machine is being stopped or killed, or to be answered from the file as the clone ends.
+    pub fn take_parked(&mut self, out: &mut Vec<Waiting<W>>) {
         self.parked.take(|_| true, out);
     }
 
@@ -391,14 +392,18 @@ impl<W> CloneCore<W> {
         regions
     }
 
-    /// The write's bytes are in the file (`landed`), or it failed. Append the mark before it is acknowledged.
-    pub fn end_write(&mut self, id: WriteId, landed: bool) -> Option<Mark> {
+    /// The write's bytes are in the file (`landed`), or it failed. Append the mark before it is acknowledged. Reads that waited and
+    /// are all here by now go to `ready`, to be answered from the file: nothing that comes from the origin would answer them, as
+    /// what they waited for is not stored any more, or cannot be read there.
+    pub fn end_write(&mut self, id: WriteId, landed: bool, ready: &mut Vec<Waiting<W>>) -> Option<Mark> {
         let index = self.writing.iter().position(|writing| writing.id == id.0)?;
         let Writing { sectors, kind, .. } = self.writing.swap_remove(index);
         if !landed {
             return None;
         }
         self.mark(kind, &sectors);
+        let (map, written) = (&self.map, blocks_of(&sectors));
+        self.parked.take(|read| overlaps(read, &written) && map.is_here(read), ready);
         Some(self.number(if kind == Kind::Written { MarkKind::Written } else { MarkKind::Discarded }, &sectors))
     }
 
@@ -490,13 +495,9 @@ impl<W> CloneCore<W> {
             self.map.mark_fetched(blocks_of(store));
         }
         let (map, chunk) = (&self.map, &arrival.blocks);
-        let overlaps = |read: &Range<u64>| {
-            let read = blocks_of(read);
-            read.start < chunk.end && chunk.start < read.end
-        };
-        self.parked.take(|read| overlaps(read) && map.is_here(read), &mut arrival.ready);
+        self.parked.take(|read| overlaps(read, chunk) && map.is_here(read), &mut arrival.ready);
         if !landed {
-            self.parked.take(overlaps, &mut arrival.failed);
+            self.parked.take(|read| overlaps(read, chunk), &mut arrival.failed);
         }
     }
 
@@ -584,7 +585,7 @@ impl<W> CloneCore<W> {
     pub fn set_eio_when_away(&mut self, eio: bool, failed: &mut Vec<Waiting<W>>) {
         self.eio_when_away = eio;
         if eio && !self.connected {
-            self.fail_parked(failed);
+            self.take_parked(failed);
         }
     }
 
@@ -598,7 +599,7 @@ impl<W> CloneCore<W> {
         self.link.push_str(detail);
         self.last_arrival = now;
         if !up && self.eio_when_away {
-            self.fail_parked(failed);
+            self.take_parked(failed);
         }
     }
 
@@ -611,6 +612,12 @@ impl<W> CloneCore<W> {
 /// The blocks that a range of 512-byte sectors touches.
 pub fn blocks_of(sectors: &Range<u64>) -> Range<u64> {
     sectors.start / SECTORS_PER_BLOCK..sectors.end.div_ceil(SECTORS_PER_BLOCK)
+}
+
+/// Whether these 512-byte sectors touch any of `blocks`.
+fn overlaps(sectors: &Range<u64>, blocks: &Range<u64>) -> bool {
+    let touched = blocks_of(sectors);
+    touched.start < blocks.end && blocks.start < touched.end
 }
 
 fn push(runs: &mut Vec<Range<u64>>, sectors: Range<u64>) {

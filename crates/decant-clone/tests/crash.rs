@@ -361,8 +361,12 @@ impl Run {
             return;
         }
         let write = self.writes.swap_remove(index);
-        if let Some(mark) = write.id.and_then(|id| self.core.end_write(id, true)) {
+        let mut ready = Vec::new();
+        if let Some(mark) = write.id.and_then(|id| self.core.end_write(id, true, &mut ready)) {
             self.media.write_marks(&mark);
+        }
+        for read in ready {
+            assert!(self.core.is_here(&read.sectors));
         }
     }
 

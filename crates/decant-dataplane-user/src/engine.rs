@@ -29,6 +29,7 @@ use std::time::{Duration, Instant};
 
 use decant_base::{SECTOR, VolumeId};
 use decant_clone::core::NotParked;
+use decant_clone::demand::Waiting;
 use decant_clone::marks::Mark;
 use decant_clone::{Begin, CloneCore, Kind, Scope, Shape};
 use decant_dataplane::{CloneStatus, MissingPolicy, Verification};
@@ -263,6 +264,10 @@ impl Engine {
         });
     }
 
+    fn serve_all(&self, reads: Vec<Waiting<Waiter>>) {
+        reads.into_iter().for_each(|read| self.serve(&bytes_of(&read.sectors), read.waiter));
+    }
+
     /// Writes `data`, which is ciphertext afterwards. Waits for no network.
     ///
     /// # Errors
@@ -326,10 +331,12 @@ impl Engine {
         };
         let adopted = adopted.map_or(Ok(()), |mark| self.append(&mark));
         let landed = adopted.and_then(|()| self.landed(land()));
+        let mut ready = Vec::new();
         let mark = match &mut *lock(&self.life) {
-            Life::Clone(core) => core.end_write(id, landed.is_ok()),
+            Life::Clone(core) => core.end_write(id, landed.is_ok(), &mut ready),
             _ => None,
         };
+        self.serve_all(ready);
         landed?;
         mark.map_or(Ok(()), |mark| self.append(&mark))
     }
@@ -405,7 +412,7 @@ impl Engine {
             Life::Prepared(early) => failed.extend(early.reads.drain(..).map(|(_, sink)| sink)),
             Life::Clone(core) => {
                 let mut waiting = Vec::new();
-                core.fail_parked(&mut waiting);
+                core.take_parked(&mut waiting);
                 failed.extend(waiting.into_iter().map(|read| read.waiter));
             }
         }
@@ -566,6 +573,10 @@ impl Backend for Engine {
 
 fn sectors(bytes: &Range<u64>) -> Range<u64> {
     bytes.start / SECTOR..bytes.end / SECTOR
+}
+
+fn bytes_of(sectors: &Range<u64>) -> Range<u64> {
+    sectors.start * SECTOR..sectors.end * SECTOR
 }
 
 /// Requests that are the verification's, not the clone's.

@@ -97,6 +97,8 @@ pub struct Standalone {
     engine: Arc<Engine>,
     meta: PathBuf,
     record: Record,
+    /// One detaches at a time.
+    detaching: Mutex<()>,
     /// How it stood when it was detached.
     last: Mutex<Option<CloneStatus>>,
     server: Option<Server>,
@@ -158,10 +160,10 @@ impl Opening {
         };
         let shape = Shape::new(size, 512).map_err(|error| StandaloneError::Size(error.to_string()))?;
         if found == Found::Nothing {
-            destination::check_room(&options.meta, engine::map_bytes(shape))?;
+            destination::make_room(&options.meta, engine::map_bytes(shape))?;
         }
         let image = destination::open(&options, size, &found, &mut made)?;
-        let record = keep_record(&options, &found, record, size, &mut made)?;
+        let (record, renamed) = keep_record(&options, &found, record, size, &mut made)?;
         let files = Files::new(image.file, &options.destination, 0, size, options.meta.clone()).with_room_for_all();
         let engine = Engine::open(engine::Options {
             volume: VolumeId::new(&record.clone)
@@ -177,8 +179,15 @@ impl Opening {
             boot: engine::boot_id().map_err(|source| io("read", Path::new("boot_id"), source))?,
         })?;
         let meta = options.meta.clone();
-        let clone = Standalone { engine, meta, record, last: Mutex::default(), server: None, file: None, _lock: None };
+        let (detaching, last) = <(Mutex<()>, Mutex<_>)>::default();
+        let clone = Standalone { engine, meta, record, detaching, last, server: None, file: None, _lock: None };
         let started = clone.serve(&options, opened, found == Found::Nothing)?;
+        if let Some(path) = renamed
+            && let Err(error) = started.record.write(&path)
+        {
+            let _ = started.close();
+            return Err(io("write", &path, error));
+        }
         made.0.clear();
         Ok(Standalone { _lock: Some(lock), ..started })
     }
@@ -202,17 +211,19 @@ fn check_record(options: &StandaloneOptions, found: &Found, record: Option<&Reco
     record.check(&path, &record::origin_text(&options.origin), &place)
 }
 
-/// Records what the map is, or is going to be, of, unless that is recorded already.
+/// What the map is, or is going to be, of. Of a new one that is recorded here, unless it is already; of one whose origin or
+/// destination has another name now, in the file that is returned too, by the caller once all else has succeeded: a start that
+/// fails must not take the word of whoever named the wrong one.
 fn keep_record(
     options: &StandaloneOptions,
     found: &Found,
     record: Option<Record>,
     size: u64,
     made: &mut Made,
-) -> Result<Record, StandaloneError> {
+) -> Result<(Record, Option<PathBuf>), StandaloneError> {
     let meta = &options.meta;
     if let (Some(record), false) = (record, options.moved && *found != Found::Nothing) {
-        return Ok(record);
+        return Ok((record, None));
     }
     let (path, clone) = match found {
         Found::Nothing => (beside(meta, "origin"), Record::draw_id().map_err(|error| io("name", meta, error))?),
@@ -221,12 +232,13 @@ fn keep_record(
     };
     let place = Place::of(&options.destination).map_err(|error| io("look at", &options.destination, error))?;
     let record = Record { clone, size, origin: record::origin_text(&options.origin), destination: place };
-    if *found == Found::Nothing {
-        let endings = ["origin", "origin.new", "new", "marks"].map(|ending| beside(meta, ending));
-        made.0.extend([meta.clone()].into_iter().chain(endings));
+    if *found != Found::Nothing {
+        return Ok((record, Some(path)));
     }
+    let endings = ["origin", "origin.new", "new", "marks"].map(|ending| beside(meta, ending));
+    made.0.extend([meta.clone()].into_iter().chain(endings));
     record.write(&path).map_err(|error| io("write", &path, error))?;
-    Ok(record)
+    Ok((record, None))
 }
 
 impl Standalone {
@@ -325,6 +337,7 @@ impl Standalone {
     /// # Errors
     /// Blocks are missing, or the medium failed.
     pub fn detach(&self) -> Result<(), DetachError> {
+        let _one = self.detaching.lock().unwrap_or_else(PoisonError::into_inner);
         let before = self.engine.status();
         self.engine.finish().map_err(|error| match (error, self.engine.status()) {
             (VerifyError::NotYet(_), Some(status)) => DetachError::Missing(status.bytes_missing.max(1)),
@@ -386,3 +399,6 @@ impl Cipher for Plaintext {
     fn encrypt(&self, _offset: u64, _data: &mut [u8]) {}
     fn decrypt(&self, _offset: u64, _data: &mut [u8]) {}
 }
+
+#[cfg(test)]
+mod tests;

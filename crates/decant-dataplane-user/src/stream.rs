@@ -319,6 +319,12 @@ impl Stream {
         Ok(())
     }
 
+    /// Tells the peer that it is over. The descriptor stays until the last of those that have the stream lets it go.
+    pub(crate) fn shut_down(&self) {
+        // A peer that is gone already needs no word.
+        let _ = net::shutdown(&self.socket, net::Shutdown::Both);
+    }
+
     /// Plain output that waits for room, bytes.
     pub(crate) fn pending_bytes(&self) -> usize {
         self.pending.len() - self.pending_start

@@ -191,7 +191,7 @@ fn writes_and_stores_exclude_each_other() {
     pair.core.begin_store(pair.now, plan.token, plan.blocks.clone(), Came::Data, &mut arrival);
     assert_eq!(arrival.store, [0..80, 160..plan.blocks.end * 8], "nothing over the write under way");
     assert!(matches!(pair.core.begin_write(&(0..8), Kind::Written), Begin::Busy));
-    assert!(pair.core.end_write(id, true).is_some());
+    assert!(pair.core.end_write(id, true, &mut Vec::new()).is_some());
     pair.core.end_store(&mut arrival, true);
     assert!(matches!(pair.core.begin_write(&(80..88), Kind::Discarded), Begin::Free));
     // Fetched blocks are overwritten only behind a durable intent.
@@ -204,7 +204,41 @@ fn writes_and_stores_exclude_each_other() {
         panic!("not adopted")
     };
     assert_eq!(pair.core.map().entry(0).state, State::Written, "from the first byte on it is not the origin's");
-    assert_eq!(pair.core.end_write(id, false), None);
+    assert_eq!(pair.core.end_write(id, false, &mut Vec::new()), None);
+}
+
+/// A write of whole blocks that are missing, to its end; whom that answers.
+fn write(core: &mut CloneCore<u64>, blocks: Range<u64>, landed: bool) -> Vec<u64> {
+    let begun = core.begin_write(&(blocks.start * SECTORS_PER_BLOCK..blocks.end * SECTORS_PER_BLOCK), Kind::Written);
+    let Begin::Tracked { id, .. } = begun else { panic!("{begun:?}") };
+    let mut ready = Vec::new();
+    core.end_write(id, landed, &mut ready);
+    ready.into_iter().map(|read| read.waiter).collect()
+}
+
+#[test]
+fn a_write_of_what_reads_wait_for_answers_them() {
+    let mut pair = Pair::new(100, &[(0, 100)]);
+    pair.core.set_hydrate(false);
+    pair.up();
+    let mut plans = Vec::new();
+    for (waiter, sectors) in [(1, 80..96), (2, 88..89), (3, 160..168)] {
+        pair.core.park(pair.now, sectors, waiter, &mut plans).unwrap();
+    }
+    assert_eq!(write(&mut pair.core, 11..12, false), [], "nothing landed");
+    assert_eq!(write(&mut pair.core, 10..11, true), [], "a part of the first");
+    assert_eq!(write(&mut pair.core, 11..12, true), [1, 2]);
+    // Written while it is being fetched: nothing is stored, and the origin's bytes answer nobody.
+    let plan = plans.iter().find(|plan| plan.blocks.contains(&20)).expect("a fetch of it").clone();
+    let begun = pair.core.begin_write(&(160..168), Kind::Discarded);
+    let Begin::Tracked { id, .. } = begun else { panic!("{begun:?}") };
+    let mut arrival = Arrival::new();
+    pair.core.begin_store(pair.now, plan.token, plan.blocks, Came::Data, &mut arrival);
+    pair.core.end_store(&mut arrival, true);
+    assert!(arrival.direct.is_empty() && arrival.ready.is_empty());
+    let mut ready = Vec::new();
+    assert!(pair.core.end_write(id, true, &mut ready).is_some());
+    assert_eq!((ready.len(), pair.core.parked()), (1, 0));
 }
 
 #[test]

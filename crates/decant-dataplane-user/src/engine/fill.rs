@@ -11,7 +11,7 @@ use decant_clone::demand::Waiting;
 use decant_clone::{Arrival, Came, Plan};
 use rustix::io::Errno;
 
-use super::{DIGEST_TOKENS, Engine, Life, Waiter, lock};
+use super::{DIGEST_TOKENS, Engine, Life, Waiter, bytes_of, lock};
 use crate::device::{Fetch, Origin, OriginSink, Want};
 
 /// How long the hydration pauses when the file has no room.
@@ -121,10 +121,6 @@ pub(super) fn with_scratch(length: usize, work: impl FnOnce(&mut [u8])) {
 
 fn fail_all(reads: Vec<Waiting<Waiter>>) {
     reads.into_iter().for_each(|read| read.waiter.complete(Err(Errno::IO)));
-}
-
-fn bytes_of(sectors: &Range<u64>) -> Range<u64> {
-    sectors.start * SECTOR..sectors.end * SECTOR
 }
 
 /// Bytes that arrived.

@@ -304,7 +304,12 @@ impl Engine {
         let core = std::mem::replace(&mut *lock(&self.life), Life::Plain);
         self.phase.store(PLAIN, Ordering::Release);
         self.stored.notify_all();
-        drop(core);
+        if let Life::Clone(mut core) = core {
+            // Whoever still waits must hear something: nobody knows of those reads once this is gone.
+            let mut waiting = Vec::new();
+            core.take_parked(&mut waiting);
+            self.serve_all(waiting);
+        }
         self.drop_origin();
         self.fill.stop();
         *lock(&self.files) = None;

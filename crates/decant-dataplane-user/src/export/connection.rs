@@ -164,6 +164,8 @@ pub(super) fn run(shared: &Shared, stream: Stream, kick: &Arc<Kick>, peer: &str)
     let export = &shared.config.export.name;
     let ended = connection.serve();
     connection.outlet.closed.store(true, Ordering::Relaxed);
+    // Reads that wait keep the stream, for as long as their bytes take to come; the client is not to wait with them.
+    connection.outlet.lock().shut_down();
     match ended {
         Ok(()) => tracing::debug!(peer, export, "NBD client left"),
         Err(Ended::Closing) => tracing::debug!(peer, export, "NBD connection closed with its export"),

@@ -80,6 +80,9 @@ pub(super) struct Shared {
     in_flight: AtomicU64,
     sessions: AtomicU64,
     link: Mutex<Link>,
+    /// Held from what the connections have come to until the sink knows, so that it hears of it in that order. Taken before
+    /// `link`; the sink may make requests meanwhile.
+    news: Mutex<()>,
     changed: Condvar,
 }
 
@@ -123,6 +126,7 @@ impl Remote {
             in_flight: AtomicU64::new(0),
             sessions: AtomicU64::new(0),
             link: Mutex::new(Link::default()),
+            news: Mutex::default(),
             changed: Condvar::new(),
         });
         let origin = Arc::new(Self { shared: shared.clone(), threads: Mutex::new(Vec::new()) });
@@ -218,6 +222,7 @@ impl Shared {
     /// A session is up.
     pub(super) fn session_up(&self, terms: &Terms, sink: &dyn OriginSink) {
         self.sessions.fetch_add(1, Ordering::Relaxed);
+        let _in_order = self.news.lock().unwrap_or_else(PoisonError::into_inner);
         let mut link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
         link.up += 1;
         link.terms = Some(terms.clone());
@@ -234,23 +239,31 @@ impl Shared {
     /// A try failed, or a session (`was_up`) broke. The sink is told of the last session's end and of each new reason why there
     /// is none.
     pub(super) fn session_down(&self, was_up: bool, reason: &str, sink: &dyn OriginSink) {
+        let in_order = self.news.lock().unwrap_or_else(PoisonError::into_inner);
         let mut link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
         link.up -= usize::from(was_up);
-        if link.up > 0 {
-            drop(link);
-            // The link is up, but what keeps ending one of its sessions should not be a secret.
-            if was_up && !self.is_closed() {
-                tracing::info!(origin = %self.settings.address, name = self.settings.name, reason, "a session with the origin ended");
-            }
+        let others = link.up > 0;
+        let news = was_up || (!others && link.detail != reason);
+        if !others {
+            reason.clone_into(&mut link.detail);
+        }
+        drop(link);
+        if !others {
+            self.changed.notify_all();
+        }
+        if !news || self.is_closed() {
             return;
         }
-        let news = was_up || link.detail != reason;
-        link.detail = reason.to_owned();
-        drop(link);
-        self.changed.notify_all();
-        if news && !self.is_closed() {
-            tracing::warn!(origin = %self.settings.address, name = self.settings.name, reason, "no session with the origin");
+        if !others {
             sink.handle_link(false, reason);
+        }
+        drop(in_order);
+        let (origin, name) = (&self.settings.address, &self.settings.name);
+        if others {
+            // The link is up, but what keeps ending one of its sessions should not be a secret.
+            tracing::info!(%origin, name, reason, "a session with the origin ended");
+        } else {
+            tracing::warn!(%origin, name, reason, "no session with the origin");
         }
     }
 
@@ -262,5 +275,69 @@ impl Shared {
 
     pub(super) fn deadline(&self, wait: Duration) -> Option<std::time::Instant> {
         now().checked_add(wait)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::TryLockError;
+
+    use rustix::io::Errno;
+
+    use super::*;
+
+    /// Notes what it is told, and whether another lane could be told something else meanwhile.
+    struct Told {
+        shared: Arc<Shared>,
+        links: Mutex<Vec<(bool, bool)>>,
+    }
+
+    impl OriginSink for Told {
+        fn handle_data(&self, _token: u64, _offset: u64, _data: &[u8]) {}
+        fn handle_hole(&self, _token: u64, _offset: u64, _length: u64) {}
+        fn handle_digests(&self, _token: u64, _offset: u64, _crc32c: &[u32]) {}
+        fn handle_done(&self, _token: u64, _result: Result<(), Errno>) {}
+        fn handle_link(&self, up: bool, _detail: &str) {
+            let is_alone = matches!(self.shared.news.try_lock(), Err(TryLockError::WouldBlock));
+            self.links.lock().unwrap().push((up, is_alone));
+        }
+    }
+
+    /// Lanes that connect at once fail and succeed at once: a failure told after a later success would be the last word.
+    #[test]
+    fn lanes_tell_of_the_link_one_at_a_time() {
+        let settings = Settings {
+            protocol: "test",
+            address: Address::of_host("127.0.0.1", 1),
+            tls: None,
+            name: "disk".into(),
+            size: None,
+            what: "disk",
+            connections: 2,
+            at_once: true,
+            timing: Timing::NETWORK,
+        };
+        let shared = Arc::new(Shared {
+            settings,
+            pool: Pool::new(2),
+            slots: Vec::new(),
+            closed: AtomicBool::new(false),
+            in_flight: AtomicU64::new(0),
+            sessions: AtomicU64::new(0),
+            link: Mutex::default(),
+            news: Mutex::default(),
+            changed: Condvar::new(),
+        });
+        let told = Told { shared: shared.clone(), links: Mutex::default() };
+        let found = Found { size: 4096, block_bytes: 512, digests: false };
+        let terms = Terms { found, several: true, parts: (4096, 4096), unfragmented: true };
+        shared.session_down(false, "refused", &told);
+        shared.session_down(false, "refused", &told);
+        shared.session_up(&terms, &told);
+        shared.session_up(&terms, &told);
+        shared.session_down(false, "no more than two", &told);
+        shared.session_down(true, "cut", &told);
+        shared.session_down(true, "cut", &told);
+        assert_eq!(*told.links.lock().unwrap(), [(false, true), (true, true), (false, true)]);
     }
 }

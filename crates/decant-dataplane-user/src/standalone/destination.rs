@@ -9,6 +9,7 @@ use rustix::io::Errno;
 use super::error::{StandaloneError, io};
 use super::record::Found;
 use super::{Made, StandaloneOptions};
+use crate::engine::beside;
 use crate::export::claim::{Claim, claim};
 use crate::stream::Aligned;
 
@@ -96,8 +97,15 @@ fn device_holds_data(image: &Claim) -> Result<bool, Errno> {
     Ok(false)
 }
 
-/// That a map of `wanted` bytes has room beside `meta`.
-pub(super) fn check_room(meta: &Path, wanted: u64) -> Result<(), StandaloneError> {
+/// That a map of `wanted` bytes has room beside `meta`, where none is. What a start that was killed had reserved for its own is
+/// given back first; the caller holds the lock.
+pub(super) fn make_room(meta: &Path, wanted: u64) -> Result<(), StandaloneError> {
+    let reserved = beside(meta, "new");
+    match std::fs::remove_file(&reserved) {
+        Ok(()) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(io("remove", &reserved, error)),
+    }
     let directory = meta.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let room = rustix::fs::statvfs(directory).map_err(|error| io("look at", directory, error.into()))?;
     let found = room.f_bavail.saturating_mul(room.f_frsize);
@@ -112,6 +120,17 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     use super::*;
+
+    #[test]
+    fn what_a_killed_start_reserved_for_its_map_is_no_want_of_room() {
+        let directory = tempfile::tempdir().unwrap();
+        let meta = directory.path().join("map");
+        let reserved = beside(&meta, "new");
+        std::fs::write(&reserved, [1; 4096]).unwrap();
+        assert!(matches!(make_room(&meta, u64::MAX), Err(StandaloneError::NoRoom { .. })));
+        assert!(!reserved.exists());
+        make_room(&meta, 0).unwrap();
+    }
 
     #[test]
     fn data_are_found_wherever_a_file_system_leaves_its_mark() {

@@ -113,6 +113,7 @@ impl OriginSink for Relay {
         let mut link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
         match self.engine.get() {
             Some(engine) => {
+                // An origin tells of one thing after the other, so what is told now stays the last word without the lock.
                 drop(link);
                 engine.handle_link(up, detail);
             }

@@ -199,3 +199,15 @@ fn parked_reads_are_bounded_and_outlive_their_connection() {
         sink.complete(Ok(&bytes[offset as usize..][..length]));
     }
 }
+
+#[test]
+fn a_client_whose_connection_ended_does_not_wait_for_its_parked_reads() {
+    let served = Served::new(parks(&dense(1 << 20), 0));
+    let mut client = Plain::connect(&served);
+    client.ask(READ, 1, 0, 512);
+    let reads = taken(&served, 1);
+    // No request begins like this.
+    client.0.write_all(&[0; 28]).unwrap();
+    assert_eq!(client.0.read(&mut [0]).unwrap(), 0, "the end, with the read still waiting");
+    drop(reads);
+}
