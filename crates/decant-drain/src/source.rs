@@ -8,6 +8,7 @@ use crate::handoff::{State, Top};
 use crate::life;
 use crate::migration::{Back, Migration, Phase, Role};
 use crate::row::{Life, Row, SealedCopy, Went};
+use crate::step::highest_elsewhere;
 use crate::vocabulary::{Body, Denied, Effect, MachineCommand, Message, Move, Offer};
 use crate::wait::{ASK, FREE_COPY, LOCAL, RESEND, Wait};
 
@@ -339,9 +340,8 @@ pub(crate) fn reclaim(draft: &mut Draft) -> Result<(), Denied> {
         return Err(Denied::Busy { reason: "the copy of this machine has expired and is being freed".to_owned() });
     }
     let epoch = match (&draft.row.state, &draft.row.copy) {
-        (State::Sealed { epoch, .. }, _) => epoch.next().next(),
-        (State::Released { epoch }, Some(_)) => {
-            let known = draft.row.went.as_ref().map_or(*epoch, |went| went.epoch).max(epoch.next());
+        (State::Sealed { epoch, .. }, _) | (State::Released { epoch }, Some(_)) => {
+            let known = highest_elsewhere(&draft.row, *epoch);
             let seen = draft.row.veto.as_ref().map_or(known, |(seen, _)| *seen);
             known.max(seen).next()
         }
@@ -435,8 +435,16 @@ fn accepted(draft: &mut Draft) {
     migration.accepted = true;
     // A cancel came too late.
     migration.back = None;
-    draft.row.went = Some(Went { to: migration.peer.clone(), epoch: migration.epoch });
+    let went = Went { to: migration.peer.clone(), epoch: migration.epoch };
+    note_where(draft, went);
     draft.enter(Phase::Granted);
+}
+
+/// The machine went there. A higher epoch that somebody claimed meanwhile stays known.
+fn note_where(draft: &mut Draft, went: Went) {
+    if draft.row.went.as_ref().is_none_or(|known| known.epoch <= went.epoch) {
+        draft.row.went = Some(went);
+    }
 }
 
 /// The destination will never take what it was, or would be, granted: the machine is this worker's, above that.
@@ -445,6 +453,10 @@ fn refused(draft: &mut Draft, from: &WorkerId) {
     let above = epoch.next().next();
     draft.row.state = State::Active { epoch: above };
     draft.row.top = Top { epoch: above, answer: None };
+    // A claim that was heard while this worker owned nothing forbids a boot now.
+    if let Some(went) = draft.row.went.take().filter(|went| went.epoch >= above) {
+        draft.veto(went.epoch, &went.to);
+    }
     let failed = || {
         let reason = format!("{from} refused the grant: it is not prepared for this migration any more");
         Back::Failed { step: "grant".to_owned(), reason, passing: true }
@@ -461,7 +473,7 @@ fn released(draft: &mut Draft, verification: Option<decant_dataplane::Verificati
     migration.back = None;
     migration.verification = verification;
     draft.row.state = State::Released { epoch };
-    draft.row.went = Some(Went { to: migration.peer.clone(), epoch: migration.epoch });
+    let went = Went { to: migration.peer.clone(), epoch: migration.epoch };
     draft.row.copy = draft.row.volume.clone().map(|volume| SealedCopy {
         volume,
         epoch,
@@ -469,6 +481,7 @@ fn released(draft: &mut Draft, verification: Option<decant_dataplane::Verificati
         released_ms: draft.now_ms,
         expires_ms: draft.now_ms.saturating_add(migration.limits.retention_ms),
     });
+    note_where(draft, went);
     draft.enter(Phase::Verified);
 }
 
