@@ -105,6 +105,13 @@ pub(crate) fn received(draft: &mut Draft, from: &WorkerId, message: &Message) ->
         (Body::Grant { .. } | Body::Refuse | Body::Prepare { .. }, Some(Answer::Refused)) => {
             draft.reply(from, message, Body::GrantRefused);
         }
+        // The epoch was raised above it since: a veto was cleared.
+        (Body::Grant { .. } | Body::Refuse, None) if message.epoch < draft.row.top.epoch && is_accepted(draft, id) => {
+            draft.reply(from, message, Body::GrantAccepted);
+            if let Some(verification) = was_whole(draft, id) {
+                draft.reply(from, message, Body::Verified { verification });
+            }
+        }
         (Body::Grant { .. } | Body::Refuse, None) if message.epoch <= draft.row.top.epoch => {
             let top = draft.row.top.epoch;
             draft.reply(from, message, Body::GrantStale { top });
@@ -127,6 +134,11 @@ pub(crate) fn received(draft: &mut Draft, from: &WorkerId, message: &Message) ->
         _ => return Err(Denied::Unawaited),
     }
     Ok(())
+}
+
+/// Whether the migration `id`, the last one of this row, was accepted here.
+fn is_accepted(draft: &mut Draft, id: &MigrationId) -> bool {
+    draft.migration_is(Role::Destination, id).is_some_and(|migration| migration.accepted)
 }
 
 /// Whether every block of the accepted migration `id` is known to be, or to have been, here, with what verification found.

@@ -10,7 +10,7 @@ use crate::migration::{Back, Migration, Phase, Role};
 use crate::row::{Life, Row, SealedCopy, Went};
 use crate::step::highest_elsewhere;
 use crate::vocabulary::{Body, Denied, Effect, MachineCommand, Message, Move, Offer};
-use crate::wait::{ASK, FREE_COPY, LOCAL, RESEND, Wait};
+use crate::wait::{ASK, FREE_COPY, LOCAL, RESEND, Severity, Wait};
 
 /// How often a peer that does not answer is told to forget a migration that went back. After that it will ask itself:
 /// a destination that was never granted anything goes on saying that it is ready, and is then told again.
@@ -241,6 +241,7 @@ pub(crate) fn plane(draft: &mut Draft, command: &Command, result: Result<Outcome
         // The export is there again. This worker was away, and the destination may have been told that it is destroyed.
         (Command::Seal { .. }, Phase::Granted | Phase::Booted | Phase::Hydrating, Some(Outcome::Sealed(sealed))) => {
             draft.enter(phase);
+            draft.expect_answer(ASK);
             let desired = draft.row.desired;
             draft.tell(Body::Grant { desired, seal: Some(Box::new(sealed)) });
         }
@@ -399,10 +400,11 @@ pub(crate) fn received(draft: &mut Draft, from: &WorkerId, message: &Message) ->
             let theirs = (*theirs).min(Phase::Hydrating);
             if theirs > phase && theirs > Phase::Granted {
                 draft.enter(theirs);
+                draft.expect_answer(ASK);
             }
         }
         Body::GrantRefused if phase == Phase::Sealed || is_moving => refused(draft, from),
-        Body::GrantStale { top } if phase == Phase::Sealed => {
+        Body::GrantStale { top } if is_sealed => {
             let message =
                 format!("{from} knows epoch {top}, above the one granted: this worker's journal may be an old copy");
             let failure = Failure { code: FailureCode::Stuck, message };
@@ -438,6 +440,7 @@ fn accepted(draft: &mut Draft) {
     let went = Went { to: migration.peer.clone(), epoch: migration.epoch };
     note_where(draft, went);
     draft.enter(Phase::Granted);
+    draft.expect_answer(ASK);
 }
 
 /// The machine went there. A higher epoch that somebody claimed meanwhile stays known.
@@ -492,6 +495,7 @@ pub(crate) fn restarted(draft: &mut Draft) {
     match migration.phase {
         Phase::Planned if stateless => draft.expect_answer(ASK),
         Phase::Sealed | Phase::Unwinding => draft.expect_answer(RESEND),
+        Phase::Granted | Phase::Booted | Phase::Hydrating => draft.expect_answer(ASK),
         _ => {}
     }
 }
@@ -516,6 +520,12 @@ pub(crate) fn due(draft: &mut Draft) {
         }
         Phase::Planned => wait.again(ASK, migration.id.as_str(), now_ms),
         Phase::Sealed | Phase::Unwinding => wait.again(RESEND, migration.id.as_str(), now_ms),
+        // The destination may have been told that this worker is destroyed, and says nothing more by itself.
+        Phase::Granted | Phase::Booted | Phase::Hydrating if wait.severity == Severity::Waiting => {
+            wait.again(ASK, migration.id.as_str(), now_ms);
+            let desired = draft.row.desired;
+            return draft.tell(Body::Grant { desired, seal: None });
+        }
         _ => wait.retry_ms = None,
     }
     draft.drive_migration();

@@ -9,7 +9,7 @@ use decant_base::Epoch;
 use decant_dataplane::{Command, FailureCode};
 use decant_drain::handoff::{Answer, State, Top};
 use decant_drain::migration::Phase;
-use decant_drain::{Effect, Event, Order, Row, step};
+use decant_drain::{Effect, Event, Order, Row, Severity, step, why};
 use pair::{Pair, fail};
 use world::{Site, machine, migration, volume, worker};
 
@@ -98,6 +98,61 @@ fn a_machine_can_be_moved_again_to_where_its_move_was_cancelled() {
     pair.move_to(3, 0, 1);
     pair.finish();
     assert_eq!((pair.runner(), pair.rows[1].state.clone()), (1, State::Active { epoch: Epoch(4) }));
+}
+
+/// Its agent did not restart, so nothing but its own question tells a source that its word is awaited no more.
+#[test]
+fn a_source_asks_by_itself_what_became_of_the_machine() {
+    let mut pair = Pair::moving();
+    pair.settle();
+    assert_eq!((pair.phase(0), pair.phase(1)), (Phase::Hydrating, Phase::Hydrating));
+    pair.cut = true;
+    pair.sites[1].kind = world::Kind::Filled;
+    while pair.phase(1) != Phase::Verified {
+        assert!(pair.wait());
+        pair.settle();
+    }
+    pair.order(1, Order::ForgetOrigin).expect("the operator says so");
+    pair.cut = false;
+    for _ in 0..5 {
+        pair.settle();
+        pair.wait();
+    }
+    assert_eq!(pair.rows[0].state.name(), "released", "{}", pair.trace);
+}
+
+/// The destination's veto was cleared: it has the machine at a higher epoch than it was granted, and goes on filling.
+#[test]
+fn a_source_hears_that_it_is_needed_when_the_epoch_was_raised_above_its_grant() {
+    let mut pair = Pair::moving();
+    pair.settle();
+    pair.feed(1, "gossip", Event::EpochSeen { epoch: Epoch(5), by: worker(2) }).expect("it is heard");
+    pair.order(1, Order::ClearVeto).expect("a person has looked");
+    for _ in 0..30 {
+        pair.settle();
+        pair.wait();
+        assert!(why(&pair.rows[0]).iter().all(|wait| wait.severity == Severity::Waiting), "{}", pair.trace);
+    }
+    pair.finish();
+    assert_eq!((pair.runner(), pair.rows[0].state.name()), (1, "released"), "{}", pair.trace);
+}
+
+/// A destination that knows a higher epoch has no use for the grant any more: a person must look.
+#[test]
+fn a_source_that_is_told_of_a_higher_epoch_past_the_commit_point_is_stuck() {
+    let mut pair = Pair::moving();
+    pair.settle();
+    pair.rows[1] = Row::new(machine(), worker(1));
+    pair.rows[1].top.epoch = Epoch(9);
+    pair.queues[1].clear();
+    pair.wakes[1] = None;
+    for _ in 0..3 {
+        pair.settle();
+        pair.wait();
+    }
+    let wait = why(&pair.rows[0]).pop().expect("it waits");
+    assert_eq!((wait.severity, wait.on.as_str(), wait.retry_ms), (Severity::Stuck, "grant", None), "{}", pair.trace);
+    assert!(wait.reason.starts_with("worker-2 knows epoch 9"), "{wait:?}");
 }
 
 /// Only the outcome of the highest epoch is known: a late question about a lower one, which was accepted, is no occasion to refuse.
