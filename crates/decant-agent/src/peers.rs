@@ -151,6 +151,26 @@ impl Peers {
         self.peers.values()
     }
 
+    /// Who but `except` claims `machine` at `epoch` or above, with the epoch and whether it answers now. Every other peer is
+    /// asked; of one that does not answer the last word counts.
+    pub(crate) async fn claimant(
+        &self,
+        machine: &MachineId,
+        epoch: Epoch,
+        except: &WorkerId,
+    ) -> Option<(WorkerId, Epoch, bool)> {
+        let others = self.peers.values().filter(|peer| peer.config.worker != *except);
+        let claims = others.map(|peer| async move {
+            let client = peer.client.clone().with_timeout(POLL_PATIENCE);
+            let now = client.get::<Standing>(STANDING_PATH).await.ok();
+            let answers = now.is_some();
+            let standing = now.or_else(|| peer.last().standing)?;
+            let claim = standing.claims.into_iter().find(|claim| claim.machine == *machine && claim.epoch >= epoch)?;
+            Some((peer.config.worker.clone(), claim.epoch, answers))
+        });
+        futures_util::future::join_all(claims).await.into_iter().flatten().max_by_key(|(_, epoch, _)| *epoch)
+    }
+
     /// Carries what the core says to the outboxes.
     pub(crate) async fn carry(self: Arc<Self>, mut outgoing: UnboundedReceiver<Outgoing>) {
         while let Some(Outgoing { to, message }) = outgoing.recv().await {
@@ -188,11 +208,11 @@ impl Peers {
     }
 }
 
-/// A claim of a machine that this worker owns, at a higher epoch: its journal may have been restored from a backup.
+/// A claim of a machine that this worker owns, at no lower epoch: its journal may have been restored from a backup. Or one
+/// of a machine whose sealed copy is here, which may be reclaimed only above it.
 fn veto(core: &Core, rows: &Snapshot, peer: &WorkerId, standing: &Standing) {
     for claim in &standing.claims {
-        let owned = rows.machine(&claim.machine).and_then(|row| row.state.owned());
-        if owned.is_some_and(|epoch| epoch < claim.epoch) {
+        if rows.machine(&claim.machine).is_some_and(|row| decant_drain::heeds(&row, claim.epoch)) {
             core.event(&claim.machine, Event::EpochSeen { epoch: claim.epoch, by: peer.clone() });
         }
     }

@@ -78,7 +78,20 @@ impl Routes {
         route
     }
 
+    /// What is known of `machine` now; if nobody who answers knows anything, what was heard last.
     async fn ask(&self, machine: &MachineId, known: Option<&Known>, wait: Duration) -> Route {
+        let route = self.ask_now(machine, known, wait).await;
+        if route.state != RouteState::Unknown || route.worker.is_some() {
+            return route;
+        }
+        // Whose agent is away may have it all the same.
+        let heard = self.hint(machine).map(|(_, heard)| heard);
+        heard.filter(|heard| heard.state != RouteState::Unknown).unwrap_or(route)
+    }
+
+    /// What this worker and those that answer know of `machine` now. What was heard earlier says only whom to ask first: its
+    /// worker may be gone for good, and the machine run anew elsewhere, at a lower epoch.
+    pub(crate) async fn ask_now(&self, machine: &MachineId, known: Option<&Known>, wait: Duration) -> Route {
         let own = self.own(machine);
         if let Some(route) = &own
             && route.state != RouteState::Moved
@@ -86,14 +99,11 @@ impl Routes {
             return if wait.is_zero() { route.clone() } else { self.local(machine, known, wait).await };
         }
         let hint = self.hint(machine);
-        let mut next = own.as_ref().and_then(|route| route.worker.clone()).or_else(|| Some(hint.as_ref()?.0.clone()));
+        let mut next = own.as_ref().and_then(|route| route.worker.clone()).or_else(|| Some(hint?.0));
         let mut best = own;
         for _ in 0..MAX_HOPS {
             let Some(peer) = next.take().and_then(|worker| self.peers.get(&worker)) else { break };
             let Some(route) = self.ask_peer(peer, machine, known, wait).await else {
-                // Its agent is away; the machine need not be. Whoever says nothing takes nothing back.
-                best =
-                    best.or_else(|| Some(hint?).filter(|(worker, _)| *worker == peer.config.worker).map(|hint| hint.1));
                 break;
             };
             self.remember(machine, &peer.config.worker, &route);

@@ -6,7 +6,7 @@ mod fake;
 use decant_agent::client::ClientError;
 use decant_api::{
     Code, Drain, DrainPhase, Empty, ErrorBody, Listing, Logs, Machine, MachineState, Migration, MigrationPhase,
-    Reclaimed, Scope, Volume, path,
+    Reclaimed, Route, RouteState, Scope, Volume, path,
 };
 use decant_base::{MachineId, MigrationId};
 use decant_dataplane::FailureCode;
@@ -134,6 +134,59 @@ async fn a_claim_of_somebody_else_is_cleared_by_the_operators_word() {
         (refused.code, refused.cause.as_str()),
         (Code::Conflict, "nobody claims this machine at a higher epoch")
     );
+}
+
+/// Worker-1 was away while the machine went on from worker-2 to worker-3.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_is_not_reclaimed_while_somebody_else_has_the_machine() {
+    let mut fleet = Fleet::start().await;
+    let (machine, migration) = half_moved(&fleet).await;
+    fleet.crash("worker-1").await;
+    fleet.world.stall(false);
+    wait_phase(&fleet, &migration, MigrationPhase::Verified).await;
+    let client = fleet.client("worker-2");
+    let forget = path::machine_action(&machine, "forget-origin");
+    client.post::<Machine>(&forget, &json!({ "force": true })).await.expect("the operator says so");
+    let onward = json!({ "to": "worker-3", "migration": "m-2" });
+    client.post::<Migration>(&path::machine_action(&machine, "move"), &onward).await.expect("it is taken");
+    fleet.wait_running("worker-3", &machine).await;
+    wait_phase(&fleet, &id("m-2"), MigrationPhase::Cleaned).await;
+    fleet.crash("worker-2").await;
+    fleet.boot("worker-1").await;
+    let reclaim = path::machine_action(&machine, "reclaim");
+    let refused = refusal(fleet.client("worker-1").post::<Reclaimed>(&reclaim, &json!({ "force": true })).await);
+    expect!["conflict | machine is elsewhere | worker-3 has orders at epoch 3: booted here as well, it would run twice | leave it where it is; to be rid of it there, run `decant machine rm orders` on worker-3"].assert_eq(&text(&refused));
+    fleet.assert_sound(&machine, "worker-3", "after the refusal");
+}
+
+/// What was heard of a worker that is destroyed neither forbids the name to others nor hides the machine that has it then.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_of_a_destroyed_worker_is_run_anew_elsewhere() {
+    let mut fleet = Fleet::start().await;
+    // Its second life has a higher epoch than one that nobody remembers.
+    let machine = fleet.run("web", false).await;
+    fleet.client("worker-1").delete(&path::remove_machine(&machine, false, false)).await.expect("it is removed");
+    retry_until("it is gone", || async {
+        let machines: Listing<Machine> = fleet.client("worker-1").get(&path::machines(Scope::Local)).await.ok()?;
+        machines.items.is_empty().then_some(())
+    })
+    .await;
+    fleet.run("web", false).await;
+    for worker in ["worker-2", "worker-3"] {
+        let route: Route = fleet.client(worker).get(&path::route(&machine, 2_000)).await.expect("a route");
+        assert_eq!((route.epoch.0, route.worker), (2, Some(id("worker-1"))), "it is remembered");
+    }
+    fleet.crash("worker-1").await;
+    // Its agent is away; the machine need not be.
+    let route: Route = fleet.client("worker-3").get(&path::route(&machine, 0)).await.expect("a route");
+    assert_eq!((route.state, route.worker), (RouteState::Moved, Some(id("worker-1"))));
+    let spec = json!({ "id": "web", "command": ["/bin/true"], "address_index": 0 });
+    fleet.client("worker-2").post::<Machine>("/v1/machines", &json!({ "spec": spec })).await.expect("the name is free");
+    retry_until("the new one is found", || async {
+        let route: Route = fleet.client("worker-3").get(&path::route(&machine, 0)).await.ok()?;
+        (route.worker == Some(id("worker-2"))).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -101,7 +101,17 @@ pub(crate) fn received(draft: &mut Draft, from: &WorkerId, message: &Message) ->
                 draft.reply(from, message, Body::Verified { verification });
             }
         }
-        (Body::Grant { .. } | Body::Refuse, Some(Answer::Refused)) => draft.reply(from, message, Body::GrantRefused),
+        // A source that offers it once more goes above it then, and its next offer is considered.
+        (Body::Grant { .. } | Body::Refuse | Body::Prepare { .. }, Some(Answer::Refused)) => {
+            draft.reply(from, message, Body::GrantRefused);
+        }
+        // The epoch was raised above it since: a veto was cleared.
+        (Body::Grant { .. } | Body::Refuse, None) if message.epoch < draft.row.top.epoch && is_accepted(draft, id) => {
+            draft.reply(from, message, Body::GrantAccepted);
+            if let Some(verification) = was_whole(draft, id) {
+                draft.reply(from, message, Body::Verified { verification });
+            }
+        }
         (Body::Grant { .. } | Body::Refuse, None) if message.epoch <= draft.row.top.epoch => {
             let top = draft.row.top.epoch;
             draft.reply(from, message, Body::GrantStale { top });
@@ -126,6 +136,11 @@ pub(crate) fn received(draft: &mut Draft, from: &WorkerId, message: &Message) ->
     Ok(())
 }
 
+/// Whether the migration `id`, the last one of this row, was accepted here.
+fn is_accepted(draft: &mut Draft, id: &MigrationId) -> bool {
+    draft.migration_is(Role::Destination, id).is_some_and(|migration| migration.accepted)
+}
+
 /// Whether every block of the accepted migration `id` is known to be, or to have been, here, with what verification found.
 fn was_whole(draft: &Draft, id: &MigrationId) -> Option<Option<Verification>> {
     let migration = draft.row.migration.as_ref()?;
@@ -136,11 +151,11 @@ fn was_whole(draft: &Draft, id: &MigrationId) -> Option<Option<Verification>> {
     (migration.role == Role::Source).then_some(None)
 }
 
-/// The machine goes, whole or not: its origin is destroyed, says the operator. An origin that comes back nevertheless is
+/// The machine goes, whole or not: its origin is destroyed, says the operator, or somebody else has it. An origin that comes back nevertheless is
 /// told that its grant was accepted and nothing more: its copy may be all that is left, and is there to be reclaimed.
 pub(crate) fn give_up(draft: &mut Draft) {
     let Some(migration) = draft.migration_as(Role::Destination) else { return };
-    let reason = format!("the machine was removed by force before {} was over", migration.id);
+    let reason = format!("the machine was removed before {} was over", migration.id);
     migration.back = Some(Back::Failed { step: "remove".to_owned(), reason, passing: false });
     migration.seal = None;
     migration.origin = None;

@@ -164,7 +164,7 @@ impl Draft {
         }
         self.row.veto = Some((epoch, by.clone()));
         let reason = format!(
-            "{by} claims this machine at epoch {epoch}, above the one here: this worker's journal may be an old copy"
+            "{by} claims this machine at epoch {epoch}, not below the one here: this worker's journal may be an old copy"
         );
         let clears = format!(
             "the machine is removed here, or somebody makes sure that nobody else has it and orders `decant machine clear-veto {} --force`",

@@ -107,9 +107,11 @@ pub struct Top {
 }
 
 impl Top {
-    /// What was answered to `migration`'s offer of `epoch`, if that offer is the highest one.
+    /// What was answered to `migration`'s offer of `epoch`, if that epoch is the highest one. A refused epoch is refused to
+    /// every migration: whoever offers it again must go above it. Of a lower one nothing is known, and nothing is said.
     pub fn answer_to(&self, migration: &MigrationId, epoch: Epoch) -> Option<Answer> {
         match &self.answer {
+            Some((_, Answer::Refused)) if self.epoch == epoch => Some(Answer::Refused),
             Some((id, answer)) if self.epoch == epoch && id == migration => Some(*answer),
             _ => None,
         }

@@ -39,7 +39,7 @@ mod why;
 pub use life::may_run;
 pub use points::{MESSAGE_POINTS, MessagePoints, POINTS, Point};
 pub use row::{Desired, Life, Row, SealedCopy, Went};
-pub use step::{decline, pending, step};
+pub use step::{decline, heeds, pending, step};
 pub use vocabulary::{Body, Denied, Effect, Event, MachineCommand, Message, Move, Offer, Order, Step, Sync};
 pub use wait::{Severity, Wait};
 pub use why::{progress, reclaim_loses, recovery_point, why};

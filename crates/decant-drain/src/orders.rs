@@ -89,7 +89,13 @@ fn remove(draft: &mut Draft, force: bool) -> Result<(), Denied> {
             return busy(format!("it is still being moved here; {reason}"));
         }
         // Whoever claims the higher epoch has it: nothing comes from the source any more, and nobody waits for a word of ours.
-        draft.enter(Phase::Cleaned);
+        // A source that asks nevertheless hears that the machine was whole only if it was.
+        let phase = draft.migration_as(Role::Destination).map(|migration| migration.phase);
+        if phase.is_some_and(|phase| phase < Phase::Verified) {
+            destination::give_up(draft);
+        } else {
+            draft.enter(Phase::Cleaned);
+        }
     }
     // Nobody boots it again, so a higher epoch elsewhere does no harm; without this a vetoed machine could not be removed.
     draft.row.veto = None;

@@ -8,8 +8,9 @@ use crate::handoff::{State, Top};
 use crate::life;
 use crate::migration::{Back, Migration, Phase, Role};
 use crate::row::{Life, Row, SealedCopy, Went};
+use crate::step::highest_elsewhere;
 use crate::vocabulary::{Body, Denied, Effect, MachineCommand, Message, Move, Offer};
-use crate::wait::{ASK, FREE_COPY, LOCAL, RESEND, Wait};
+use crate::wait::{ASK, FREE_COPY, LOCAL, RESEND, Severity, Wait};
 
 /// How often a peer that does not answer is told to forget a migration that went back. After that it will ask itself:
 /// a destination that was never granted anything goes on saying that it is ready, and is then told again.
@@ -240,6 +241,7 @@ pub(crate) fn plane(draft: &mut Draft, command: &Command, result: Result<Outcome
         // The export is there again. This worker was away, and the destination may have been told that it is destroyed.
         (Command::Seal { .. }, Phase::Granted | Phase::Booted | Phase::Hydrating, Some(Outcome::Sealed(sealed))) => {
             draft.enter(phase);
+            draft.expect_answer(ASK);
             let desired = draft.row.desired;
             draft.tell(Body::Grant { desired, seal: Some(Box::new(sealed)) });
         }
@@ -339,9 +341,8 @@ pub(crate) fn reclaim(draft: &mut Draft) -> Result<(), Denied> {
         return Err(Denied::Busy { reason: "the copy of this machine has expired and is being freed".to_owned() });
     }
     let epoch = match (&draft.row.state, &draft.row.copy) {
-        (State::Sealed { epoch, .. }, _) => epoch.next().next(),
-        (State::Released { epoch }, Some(_)) => {
-            let known = draft.row.went.as_ref().map_or(*epoch, |went| went.epoch).max(epoch.next());
+        (State::Sealed { epoch, .. }, _) | (State::Released { epoch }, Some(_)) => {
+            let known = highest_elsewhere(&draft.row, *epoch);
             let seen = draft.row.veto.as_ref().map_or(known, |(seen, _)| *seen);
             known.max(seen).next()
         }
@@ -399,10 +400,11 @@ pub(crate) fn received(draft: &mut Draft, from: &WorkerId, message: &Message) ->
             let theirs = (*theirs).min(Phase::Hydrating);
             if theirs > phase && theirs > Phase::Granted {
                 draft.enter(theirs);
+                draft.expect_answer(ASK);
             }
         }
         Body::GrantRefused if phase == Phase::Sealed || is_moving => refused(draft, from),
-        Body::GrantStale { top } if phase == Phase::Sealed => {
+        Body::GrantStale { top } if is_sealed => {
             let message =
                 format!("{from} knows epoch {top}, above the one granted: this worker's journal may be an old copy");
             let failure = Failure { code: FailureCode::Stuck, message };
@@ -435,8 +437,17 @@ fn accepted(draft: &mut Draft) {
     migration.accepted = true;
     // A cancel came too late.
     migration.back = None;
-    draft.row.went = Some(Went { to: migration.peer.clone(), epoch: migration.epoch });
+    let went = Went { to: migration.peer.clone(), epoch: migration.epoch };
+    note_where(draft, went);
     draft.enter(Phase::Granted);
+    draft.expect_answer(ASK);
+}
+
+/// The machine went there. A higher epoch that somebody claimed meanwhile stays known.
+fn note_where(draft: &mut Draft, went: Went) {
+    if draft.row.went.as_ref().is_none_or(|known| known.epoch <= went.epoch) {
+        draft.row.went = Some(went);
+    }
 }
 
 /// The destination will never take what it was, or would be, granted: the machine is this worker's, above that.
@@ -445,6 +456,10 @@ fn refused(draft: &mut Draft, from: &WorkerId) {
     let above = epoch.next().next();
     draft.row.state = State::Active { epoch: above };
     draft.row.top = Top { epoch: above, answer: None };
+    // A claim that was heard while this worker owned nothing forbids a boot now.
+    if let Some(went) = draft.row.went.take().filter(|went| went.epoch >= above) {
+        draft.veto(went.epoch, &went.to);
+    }
     let failed = || {
         let reason = format!("{from} refused the grant: it is not prepared for this migration any more");
         Back::Failed { step: "grant".to_owned(), reason, passing: true }
@@ -461,7 +476,7 @@ fn released(draft: &mut Draft, verification: Option<decant_dataplane::Verificati
     migration.back = None;
     migration.verification = verification;
     draft.row.state = State::Released { epoch };
-    draft.row.went = Some(Went { to: migration.peer.clone(), epoch: migration.epoch });
+    let went = Went { to: migration.peer.clone(), epoch: migration.epoch };
     draft.row.copy = draft.row.volume.clone().map(|volume| SealedCopy {
         volume,
         epoch,
@@ -469,6 +484,7 @@ fn released(draft: &mut Draft, verification: Option<decant_dataplane::Verificati
         released_ms: draft.now_ms,
         expires_ms: draft.now_ms.saturating_add(migration.limits.retention_ms),
     });
+    note_where(draft, went);
     draft.enter(Phase::Verified);
 }
 
@@ -479,6 +495,7 @@ pub(crate) fn restarted(draft: &mut Draft) {
     match migration.phase {
         Phase::Planned if stateless => draft.expect_answer(ASK),
         Phase::Sealed | Phase::Unwinding => draft.expect_answer(RESEND),
+        Phase::Granted | Phase::Booted | Phase::Hydrating => draft.expect_answer(ASK),
         _ => {}
     }
 }
@@ -503,6 +520,12 @@ pub(crate) fn due(draft: &mut Draft) {
         }
         Phase::Planned => wait.again(ASK, migration.id.as_str(), now_ms),
         Phase::Sealed | Phase::Unwinding => wait.again(RESEND, migration.id.as_str(), now_ms),
+        // The destination may have been told that this worker is destroyed, and says nothing more by itself.
+        Phase::Granted | Phase::Booted | Phase::Hydrating if wait.severity == Severity::Waiting => {
+            wait.again(ASK, migration.id.as_str(), now_ms);
+            let desired = draft.row.desired;
+            return draft.tell(Body::Grant { desired, seal: None });
+        }
         _ => wait.retry_ms = None,
     }
     draft.drive_migration();

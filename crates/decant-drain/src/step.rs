@@ -1,12 +1,12 @@
 //! The one way in: an event is stepped.
 
-use decant_base::WorkerId;
+use decant_base::{Epoch, WorkerId};
 use decant_dataplane::{Command, Failure, FailureCode, Outcome};
 
 use crate::draft::{self, Draft};
 use crate::handoff::State;
 use crate::migration::{Phase, Role};
-use crate::row::Row;
+use crate::row::{Row, Went};
 use crate::vocabulary::{Body, Denied, Effect, Event, Message, Step};
 use crate::wait::{self, FREE_COPY, Wait};
 use crate::{destination, life, orders, source};
@@ -179,7 +179,8 @@ fn stranger(draft: &mut Draft, from: &WorkerId, message: &Message) -> Result<(),
     match (&message.body, owned) {
         (Body::PrepareOk, _) => draft.reply(from, message, Body::Abandon),
         // A higher epoch than the owner's: its journal is an old copy.
-        (_, Some(epoch)) if is_claim && epoch < message.epoch => draft.veto(message.epoch, from),
+        // Nor is the same epoch ever another's: of two owners at one epoch neither would give way.
+        (_, Some(epoch)) if is_claim && epoch <= message.epoch => draft.veto(message.epoch, from),
         (Body::Verified { .. }, Some(epoch)) => draft.reply(from, message, Body::GrantStale { top: epoch }),
         (Body::Verified { .. }, None) => draft.reply(from, message, Body::Released),
         // The source was reclaimed while this worker, the destination, was thought to be destroyed.
@@ -189,13 +190,33 @@ fn stranger(draft: &mut Draft, from: &WorkerId, message: &Message) -> Result<(),
     Ok(())
 }
 
-/// Somebody claims a higher epoch.
-fn seen(draft: &mut Draft, epoch: decant_base::Epoch, by: &WorkerId) -> Result<(), Denied> {
-    match &draft.row.state {
-        State::Active { epoch: own } | State::Moving { epoch: own, .. } if *own < epoch => draft.veto(epoch, by),
-        // Its grant was accepted; the destination will say so itself.
-        State::Sealed { epoch: own, to, .. } if epoch == own.next() && to == by => return Err(Denied::Unawaited),
-        _ => return Err(Denied::Unawaited),
+/// Whether a claim of `row`'s machine by another worker, at `epoch`, says something that this row must remember: it
+/// forbids an owner to boot, and whoever has a sealed copy may reclaim it only above the claim.
+pub fn heeds(row: &Row, epoch: Epoch) -> bool {
+    match &row.state {
+        State::Active { epoch: own } | State::Moving { epoch: own, .. } => {
+            *own <= epoch && row.veto.as_ref().is_none_or(|(seen, _)| *seen < epoch)
+        }
+        State::Sealed { epoch: own, .. } => highest_elsewhere(row, *own) < epoch,
+        State::Released { epoch: own } => row.copy.is_some() && highest_elsewhere(row, *own) < epoch,
+        State::None | State::Prepared { .. } => false,
+    }
+}
+
+/// The highest epoch at which another worker is known to have, or to have been offered, a machine handed over at `own`.
+pub(crate) fn highest_elsewhere(row: &Row, own: Epoch) -> Epoch {
+    row.went.as_ref().map_or(own.next(), |went| went.epoch.max(own.next()))
+}
+
+/// Somebody claims the machine.
+fn seen(draft: &mut Draft, epoch: Epoch, by: &WorkerId) -> Result<(), Denied> {
+    if !heeds(&draft.row, epoch) {
+        return Err(Denied::Unawaited);
+    }
+    if draft.row.state.owned().is_some() {
+        draft.veto(epoch, by);
+    } else {
+        draft.row.went = Some(Went { to: by.clone(), epoch });
     }
     Ok(())
 }

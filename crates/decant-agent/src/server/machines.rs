@@ -47,12 +47,12 @@ pub(super) fn row_of(agent: &Agent, machine: &MachineId) -> Option<std::sync::Ar
     agent.rows.machine(machine).filter(|row| view::is_shown(row))
 }
 
-/// The worker that owns `machine`, if that is another one and somebody knows.
+/// The worker that owns `machine`, if that is another one and somebody who answers now knows.
 pub(super) async fn owner_elsewhere(agent: &Agent, machine: &MachineId) -> Option<WorkerId> {
     if agent.rows.machine(machine).is_some_and(|row| row.state.owned().is_some()) {
         return None;
     }
-    let route = agent.routes.find(machine, None, Duration::ZERO).await;
+    let route = agent.routes.ask_now(machine, None, Duration::ZERO).await;
     route.worker.filter(|worker| route.state != RouteState::Unknown && *worker != agent.config.worker)
 }
 

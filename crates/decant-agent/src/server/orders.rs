@@ -2,7 +2,7 @@
 
 use axum::Json;
 use decant_api::{Code, Empty, Force, Machine, Reclaim, Reclaimed};
-use decant_base::MachineId;
+use decant_base::{Epoch, MachineId, WorkerId};
 use decant_drain::migration::{Phase, Role};
 use decant_drain::{Event, Order, Row};
 use serde::Deserialize;
@@ -41,8 +41,9 @@ pub(super) async fn clear_veto(
     let row = row_here(&agent, &machine).await?;
     if let Some((epoch, by)) = row.veto.as_ref().filter(|_| !request.force) {
         let own = row.state.owned().map_or_else(|| "none".to_owned(), |own| own.to_string());
+        let than = if row.state.owned() == Some(*epoch) { "as high as" } else { "above" };
         let cause = format!(
-            "{by} claims {machine} at epoch {epoch}, above the one here ({own}): if it runs there, it runs twice from then \
+            "{by} claims {machine} at epoch {epoch}, {than} the one here ({own}): if it runs there, it runs twice from then \
              on, and what one of them writes is lost"
         );
         let fix = format!("make sure that {by} does not have it, then repeat with --force");
@@ -99,6 +100,20 @@ pub(super) async fn remove(
     Ok(Json(Empty {}))
 }
 
+/// A copy is not to be booted while `owner` has the machine: it went on from the worker that would be given up.
+fn owned_by(machine: &MachineId, owner: &WorkerId, epoch: Epoch, answers: bool) -> Fail {
+    let word = if answers { "has" } else { "does not answer, and when it last did it had" };
+    let cause = format!("{owner} {word} {machine} at epoch {epoch}: booted here as well, it would run twice");
+    let fix = if answers {
+        format!("leave it where it is; to be rid of it there, run `decant machine rm {machine}` on {owner}")
+    } else {
+        format!(
+            "bring {owner} back; if it is destroyed too, take it out of this worker's configuration, restart the agent, and repeat"
+        )
+    };
+    Fail::new(Code::Conflict, "machine is elsewhere", cause, fix)
+}
+
 pub(super) async fn reclaim(
     agent: Shared,
     Id(machine): Id<MachineId>,
@@ -114,6 +129,9 @@ pub(super) async fn reclaim(
             "`decant machine list` shows who has a copy",
         ));
     };
+    if let Some((owner, epoch, answers)) = agent.peers.claimant(&machine, migration.epoch, &migration.peer).await {
+        return Err(owned_by(&machine, &owner, epoch, answers));
+    }
     if !request.force {
         let fix = format!("if {} is destroyed and will never run it again, repeat with --force", migration.peer);
         return Err(Fail::new(Code::NeedsForce, "this loses data", loses, fix));
