@@ -109,8 +109,9 @@ impl Report {
         self.hydration_ms = round(of(|one| one.hydration_ms));
         self.evacuated_ms = round(of(|one| one.evacuated_ms));
         self.drained_ms = round(of(|one| one.drained_ms));
-        let brownouts: Option<Vec<f64>> = moves.iter().map(|one| one.brownout_ms).collect();
-        self.brownout_ms = brownouts.map(|all| round(median(all)));
+        // One whose end was not seen is longer than those whose was.
+        let brownouts = moves.iter().map(|one| one.brownout_ms.unwrap_or(f64::INFINITY)).collect();
+        self.brownout_ms = Some(median(brownouts)).filter(|ms| ms.is_finite()).map(round);
         self.read_p50_us = phases(|one| one.read_p50_us);
         self.read_p99_us = phases(|one| one.read_p99_us);
     }
